@@ -1,0 +1,144 @@
+"""The 64-byte record of one kernel event, and the columns it becomes.
+
+`EVENT_DTYPE` is the layout that the BPF programs write into the ring (native little endian, no padding) and
+`EVENTS` the Arrow schema of the same fields as columns; the only difference is `seq`: 32 bits in the ring, extended to 64 by the
+reader, so that (node, boot id, cpu, seq) names an event for ever. `TASKS` and `LOSSES` are the two other streams.
+
+Times are nanoseconds: `*_mono_ns` CLOCK_MONOTONIC, `*_boot_ns` CLOCK_BOOTTIME, `*_real_ns` CLOCK_REALTIME.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+__all__ = [
+    "EVENTS",
+    "EVENT_COLUMNS",
+    "EVENT_DTYPE",
+    "FLAG_OBSERVER",
+    "FLAG_WATCHED",
+    "LOSSES",
+    "LOSS_REASONS",
+    "RECORD_BYTES",
+    "TASKS",
+    "TASK_REASONS",
+    "columns_from_arrow",
+    "columns_to_arrow",
+]
+
+RECORD_BYTES: Final = 64
+
+EVENT_DTYPE: Final = np.dtype(
+    [
+        ("time_mono_ns", "<u8"),
+        ("seq", "<u4"),
+        ("cpu", "<u2"),
+        ("kind", "u1"),
+        ("flags", "u1"),
+        ("tgid", "<u4"),
+        ("tid", "<u4"),
+        ("a0", "<u8"),
+        ("a1", "<u8"),
+        ("a2", "<u8"),
+        ("a3", "<u8"),
+        ("a4", "<u8"),
+    ]
+)
+
+# Bits of `flags`.
+FLAG_WATCHED: Final = 1  # current was in the watch set
+FLAG_OBSERVER: Final = 2  # current is kprobe itself, or a server it was told to leave out
+
+EVENTS: Final = pa.schema(
+    [
+        ("time_mono_ns", pa.int64()),
+        ("seq", pa.uint64()),
+        ("cpu", pa.uint16()),
+        ("kind", pa.uint8()),
+        ("flags", pa.uint8()),
+        ("tgid", pa.uint32()),
+        ("tid", pa.uint32()),
+        ("a0", pa.uint64()),
+        ("a1", pa.uint64()),
+        ("a2", pa.uint64()),
+        ("a3", pa.uint64()),
+        ("a4", pa.uint64()),
+    ]
+)
+EVENT_COLUMNS: Final[tuple[str, ...]] = tuple(EVENTS.names)
+
+TASK_REASONS: Final = ("snapshot", "fork", "exec", "rename", "exit", "cgroup")
+
+# One row states what is true of a thread from `time_mono_ns` on. `snapshot` rows also carry the state the thread was in when
+# the recording began: `state` (letter of /proc/PID/stat), the CPU it was on or last on, and for a blocked thread the system
+# call it sits in. Columns that a row says nothing about are null.
+TASKS: Final = pa.schema(
+    [
+        ("time_mono_ns", pa.int64()),
+        ("reason", pa.dictionary(pa.int8(), pa.string())),
+        ("tid", pa.uint32()),
+        ("tgid", pa.uint32()),
+        ("start_boot_ns", pa.int64()),
+        ("comm", pa.string()),
+        ("cmdline", pa.string()),
+        ("parent_tid", pa.uint32()),
+        ("parent_tgid", pa.uint32()),
+        ("parent_start_boot_ns", pa.int64()),
+        ("cgroup_id", pa.uint64()),
+        ("cgroup", pa.string()),
+        ("container", pa.string()),
+        ("kthread", pa.bool_()),
+        ("observer", pa.bool_()),
+        ("watched", pa.bool_()),
+        ("prio", pa.int16()),  # kernel priority: 0-98 real time, 100-139 fair, -1 deadline
+        ("policy", pa.uint8()),
+        ("exit_code", pa.int32()),
+        ("state", pa.string()),
+        ("cpu", pa.int32()),
+        ("syscall_nr", pa.int64()),
+        ("syscall_arg0", pa.uint64()),
+        ("syscall_arg1", pa.uint64()),
+        ("syscall_arg2", pa.uint64()),
+        ("wchan", pa.string()),
+    ]
+)
+
+LOSS_REASONS: Final = (
+    "ring_full",  # reservation failed: a hole in the CPU's sequence numbers
+    "recursion",  # the kernel refused to run the program (nested in itself): counted by the kernel, never numbered
+    "shed",  # the probe detached a family to stay under its CPU or memory cap
+    "spool_full",  # Kafka was away for longer than the spool could hold
+    "producer",  # Kafka refused the batch for good
+    "filter_full",  # the watch set's table was full: a descendant may be missing
+    "unreadable",  # a payload or name could not be read from the task's memory
+    "detached",  # the probe stopped recording altogether
+)
+
+# Events missing on `cpu` (null: on any) within (from_mono_ns, to_mono_ns); `first_seq`..`last_seq` inclusive where they have
+# numbers. `hop` says where they were lost.
+LOSSES: Final = pa.schema(
+    [
+        ("cpu", pa.uint16()),
+        ("reason", pa.dictionary(pa.int8(), pa.string())),
+        ("hop", pa.dictionary(pa.int8(), pa.string())),
+        ("family", pa.dictionary(pa.int8(), pa.string())),
+        ("from_mono_ns", pa.int64()),
+        ("to_mono_ns", pa.int64()),
+        ("first_seq", pa.uint64()),
+        ("last_seq", pa.uint64()),
+        ("count", pa.uint64()),
+    ]
+)
+
+
+def columns_to_arrow(columns: Mapping[str, npt.NDArray[Any]]) -> pa.RecordBatch:
+    """Event columns (the names and types of `EVENTS`) as one Arrow batch, without copying arrays of the right type."""
+    return pa.RecordBatch.from_arrays([pa.array(columns[f.name], type=f.type) for f in EVENTS], schema=EVENTS)
+
+
+def columns_from_arrow(batch: pa.RecordBatch) -> dict[str, npt.NDArray[Any]]:
+    """The columns of an events batch as numpy arrays, without copying. Raises pa.ArrowInvalid if any has nulls."""
+    return {name: batch.column(name).to_numpy(zero_copy_only=True) for name in EVENT_COLUMNS}
