@@ -10,9 +10,8 @@ stdout, everything else to stderr.
 import importlib
 import os
 import sys
-from typing import Final
+from typing import Any, Final
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -48,20 +47,23 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
 
 
 class _LazyGroup(TyperGroup):
-    """Subcommands by name from COMMANDS; imports a module only when its command is used."""
+    """Subcommands by name from COMMANDS; imports a module only when its command is used.
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    The context and command types are Any: typer carries them in a private module.
+    """
+
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(COMMANDS[cmd_name][0])
-        command: click.Command = typer.main.get_command(module.app)
+        command = typer.main.get_command(module.app)
         command.name = cmd_name
         return command
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
 

@@ -108,7 +108,7 @@ class Frame:
         try:
             reader = pa.ipc.open_stream(pa.py_buffer(data))
             batches = list(reader)
-        except (pa.ArrowInvalid, OSError, ValueError, EOFError) as error:
+        except (pa.ArrowException, OSError, ValueError, EOFError, MemoryError) as error:
             raise FrameError(f"not an Arrow IPC stream: {error}") from error
         metadata = reader.schema.metadata or {}
         kind = metadata.get(b"kprobe.frame", b"").decode(errors="replace")
@@ -138,7 +138,7 @@ class Frame:
                 body=body,
             )
             batch.validate(full=True)
-        except (KeyError, ValueError, TypeError, AttributeError, pa.ArrowInvalid) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, pa.ArrowException) as error:
             raise FrameError(f"frame {kind}: bad metadata or content: {error!r}") from error
         return frame
 

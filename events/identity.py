@@ -1,7 +1,8 @@
 """Names that stay true: of threads, processes and events.
 
-A bare pid says nothing a minute later. A thread is (boot id, tid, start_boot_ns), a process (boot id, tgid, start_boot_ns of its
-leader); the start time is `task_struct.start_boottime`, in nanoseconds, whose hundredths of a second are field 22 of /proc/PID/stat.
+A bare pid says nothing a minute later. A thread is (boot id, tid, start_boot_ns), a process (boot id, tgid, start_boot_ns
+of its leader); the start time is `task_struct.start_boottime`, in nanoseconds, whose hundredths of a second are field 22
+of /proc/PID/stat.
 An event is (node, boot id, cpu, seq): the same after a retry, a replay or a rebuild.
 """
 

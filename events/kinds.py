@@ -188,7 +188,7 @@ _TABLE: Final = (
     (101, "irq_work_exit", "irq_vectors", "vector:0.0:32"),
     (102, "ipi_send_cpu", "irq_vectors", "target_cpu:0.0:32 callsite:1 callback:2"),
     (103, "ipi_send_cpumask", "irq_vectors", "cpumask_lo:0 callsite:1 callback:2"),
-    (104, "nmi_handler", "irq_vectors", "handler:0 delta_ns:1.0:64s handled:2.0:32s"),  # fires at the end; starts delta_ns before
+    (104, "nmi_handler", "irq_vectors", "handler:0 delta_ns:1.0:64s handled:2.0:32s"),  # fires at its end
     # --- timers
     (106, "hrtimer_start", "timers", "hrtimer:0 function:1 expires_ns:2.0:64s softexpires_ns:3.0:64s mode:4.0:32"),
     (107, "hrtimer_expire_entry", "timers", "hrtimer:0 function:1 now_ns:2.0:64s"),
@@ -223,7 +223,8 @@ _TABLE: Final = (
     (148, "page_fault_user", "faults", "address:0 ip:1 error_code:2"),
     (149, "page_fault_kernel", "faults", "address:0 ip:1 error_code:2"),
     # --- kernel locks: flags 1 spin, 2 read, 4 write, 8 rt, 16 percpu, 32 mutex; owner 0 = unknown
-    (152, "contention_begin", "locks", "lock:0 flags:1.0:32 owner_tid:2.0:32 owner_tgid:2.32:32 owner_start_boot_ns:3 owner_word:4"),
+    (152, "contention_begin", "locks", "lock:0 flags:1.0:32 owner_tid:2.0:32 owner_tgid:2.32:32 "
+        "owner_start_boot_ns:3 owner_word:4"),
     (153, "contention_end", "locks", "lock:0 ret:1.0:32s"),
     (154, "mmap_lock_start_locking", "locks", "mm:0 write:1.0:1 success:1.1:1"),
     (155, "mmap_lock_acquire_returned", "locks", "mm:0 write:1.0:1 success:1.1:1"),

@@ -1,8 +1,8 @@
 """The 64-byte record of one kernel event, and the columns it becomes.
 
 `EVENT_DTYPE` is the layout that the BPF programs write into the ring (native little endian, no padding) and
-`EVENTS` the Arrow schema of the same fields as columns; the only difference is `seq`: 32 bits in the ring, extended to 64 by the
-reader, so that (node, boot id, cpu, seq) names an event for ever. `TASKS` and `LOSSES` are the two other streams.
+`EVENTS` the Arrow schema of the same fields as columns; the only difference is `seq`: 32 bits in the ring, extended to
+64 by the reader, so that (node, boot id, cpu, seq) names an event for ever. `TASKS` and `LOSSES` are the two other streams.
 
 Times are nanoseconds: `*_mono_ns` CLOCK_MONOTONIC, `*_boot_ns` CLOCK_BOOTTIME, `*_real_ns` CLOCK_REALTIME.
 """
