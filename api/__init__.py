@@ -1,1 +1,1 @@
-"""Placeholder, replaced by the room."""
+"""The gRPC and HTTP service. Its room is kept; today the command line reads the stores itself (`cli/why.py`)."""
