@@ -18,13 +18,17 @@ __all__ = [
     "EVENTS",
     "EVENT_COLUMNS",
     "EVENT_DTYPE",
+    "FLAG_HARDIRQ",
     "FLAG_OBSERVER",
+    "FLAG_SOFTIRQ",
     "FLAG_WATCHED",
     "LOSSES",
     "LOSS_REASONS",
     "RECORD_BYTES",
     "TASKS",
     "TASK_REASONS",
+    "UNKNOWN_CPU",
+    "UNKNOWN_TID",
     "columns_from_arrow",
     "columns_to_arrow",
 ]
@@ -51,6 +55,14 @@ EVENT_DTYPE: Final = np.dtype(
 # Bits of `flags`.
 FLAG_WATCHED: Final = 1  # current was in the watch set
 FLAG_OBSERVER: Final = 2  # current is kprobe itself, or a server it was told to leave out
+# The next two only where the source says so itself (imported traces): the event happened in an interrupt, even if the trace
+# holds no irq events that would show it; `tid` is then the interrupted task, not the author.
+FLAG_HARDIRQ: Final = 4
+FLAG_SOFTIRQ: Final = 8
+
+# What an imported trace does not tell. The probe always knows both.
+UNKNOWN_TID: Final = 0xFFFF_FFFF  # current (head `tid`, `tgid`)
+UNKNOWN_CPU: Final = 0xFFFF  # a wake-up's `target_cpu`
 
 EVENTS: Final = pa.schema(
     [
