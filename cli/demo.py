@@ -1,8 +1,8 @@
 """`kprobe demo`: everything at once on real kernel events, ending with the sentence.
 
 A settlement service settles payments; during settlement 4821 a batch job takes its CPU. What is printed comes out of the
-stores, with the numbers of this very run. Exit status: 0 if the live and the offline verdict agree, 1 if anything failed, 3 if the
-evidence is incomplete.
+stores, with the numbers of this very run. Exit status: 0 if the live and the offline verdict agree, 1 if
+anything failed, 3 if the evidence is incomplete.
 """
 
 import sys

@@ -31,7 +31,7 @@ def make_events(rows, seed=23):
 
 def test_the_record_is_one_cache_line():
     assert EVENT_DTYPE.itemsize == RECORD_BYTES == 64
-    assert [n for n in EVENT_DTYPE.names] == EVENTS.names
+    assert list(EVENT_DTYPE.names) == EVENTS.names
 
 
 @pytest.mark.parametrize("rows", [0, 1, 23, 4096])
