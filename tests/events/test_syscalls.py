@@ -10,7 +10,10 @@ from events.syscalls import NAMES, NUMBERS
 HEADER = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
 
 
-@pytest.mark.parametrize(("name", "nr"), [("read", 0), ("futex", 202), ("rseq", 334), ("pidfd_send_signal", 424), ("clone3", 435)])
+@pytest.mark.parametrize(
+    ("name", "nr"),
+    [("read", 0), ("futex", 202), ("rseq", 334), ("pidfd_send_signal", 424), ("clone3", 435)],
+)
 def test_landmarks(name, nr):
     assert (NUMBERS[name], NAMES[nr]) == (nr, name)
 
