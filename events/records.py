@@ -127,6 +127,7 @@ LOSS_REASONS: Final = (
     "filter_full",  # the watch set's table was full: a descendant may be missing
     "unreadable",  # a payload or name could not be read from the task's memory
     "detached",  # the probe stopped recording altogether
+    "damaged",  # bytes of a capture file or spool are not what was written: their frame could not be read back
 )
 
 # Events missing on `cpu` (null: on any) within (from_mono_ns, to_mono_ns); `first_seq`..`last_seq` inclusive where they have
