@@ -378,12 +378,13 @@ class _Encoder:
         if kind.name == "sched_process_fork":
             child_tid = f.need("child_tid", "child_pid")
             child = self.tasks.fork(head, child_tid, row.time_ns, f.text("child_comm") or head.comm)
-            mine = {"tid": child.tid, "tgid": child.tgid, "start_boot_ns": child.start_boot_ns}
+            mine = _generic(kind, row) | {"tid": child.tid, "tgid": child.tgid, "start_boot_ns": child.start_boot_ns}
             return head, mine | _comm_words(child.comm)
         if kind.name == "sched_process_exec":
             path = f.text("filename")
             head = self.tasks.life(head.tid, row.time_ns, path.rpartition("/")[2][:15] if path else f.text("comm"))
-            return head, {"old_tid": f.number("old_pid", "old_tid") or head.tid} | self._self(head)
+            mine = {"old_tid": f.number("old_pid", "old_tid") or head.tid}
+            return head, _generic(kind, row) | mine | self._self(head)
         head.exiting = True
         return head, _generic(kind, row) | self._self(head)
 
@@ -406,8 +407,8 @@ def _generic(kind: Kind, row: Row) -> dict[str, int]:
     name_text = row.fields.text("name")
     if "name_lo" in kind.fields and name_text:
         values["name_lo"], values["name_hi"] = _comm_words(name_text).values()
-    if kind.name == "irq_handler_exit" and "ret" in values:
-        values["ret"] = int(row.fields.get("ret") in ("handled", 1, "1"))
+    if kind.name == "irq_handler_exit" and row.fields.get("ret") in ("handled", "unhandled"):
+        values["ret"] = int(row.fields.get("ret") == "handled")
     return values
 
 

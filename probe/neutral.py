@@ -177,7 +177,8 @@ class Fields:
             return None
         number = as_number(value)
         if number is None:
-            raise ValueError(f"{names[0]} is {value!r}, not a number")
+            name = next(n for n in names if n in self._values)
+            raise ValueError(f"{name} is {value!r}, not a number")
         return number
 
     def text(self, *names: str) -> str | None:
