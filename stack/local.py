@@ -19,7 +19,7 @@ from typing import Any, Final, Literal
 from events.errors import StoreError
 from events.settings import StackSettings
 from stack.process import PidFile, Running, check_port, port_holder, spawn, stop, tail
-from stack.servers import Server, environment, servers_of
+from stack.servers import Server, servers_of
 from stack.topics import create_topics
 
 __all__ = ["LocalStack", "ServerStatus"]
@@ -136,7 +136,7 @@ class LocalStack:
         if self._pid_file(server).path.exists():
             self._say(f"{server.name}: its process is gone without having been stopped; starting it again on its data")
         command = server.command(lambda text: self._say(f"{server.name}: {text}"))
-        running = spawn(command, log, environment())
+        running = spawn(command, log, server.environment())
         self._pid_file(server).write(running)
         self._say(f"{server.name}: starting, pid {running.pid}, log {log}")
 

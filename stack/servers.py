@@ -90,6 +90,12 @@ class Server:
         """Prepare the data folder and return the command that serves it."""
         raise NotImplementedError
 
+    def environment(self) -> dict[str, str]:
+        """Its environment: ours, so that `python -m` finds our rooms from any folder."""
+        root = str(Path(__file__).resolve().parents[1])
+        inherited = os.environ.get("PYTHONPATH")
+        return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{inherited}" if inherited else root}
+
     def ask(self) -> None:
         """One real request; raises StoreError while the server does not work."""
         raise NotImplementedError
@@ -214,10 +220,3 @@ class ClickHouse(Server):
 def servers_of(settings: StackSettings) -> tuple[Server, ...]:
     """The servers of `kprobe up`, in the order in which they are started."""
     return Neo4j(settings), Kafka(settings), ClickHouse(settings)
-
-
-def environment() -> dict[str, str]:
-    """The environment of a server: ours, so that our rooms can be imported by `python -m` from any folder."""
-    root = str(Path(__file__).resolve().parents[1])
-    inherited = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{inherited}" if inherited else root}
