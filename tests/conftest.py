@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["stack_fixture"]  # the real servers, started once a session for whoever asks
+
 
 def _missing_kernel() -> str | None:
     if os.geteuid() != 0:
