@@ -127,6 +127,7 @@ LOSS_REASONS: Final = (
     "filter_full",  # the watch set's table was full: a descendant may be missing
     "unreadable",  # a payload or name could not be read from the task's memory
     "detached",  # the probe stopped recording altogether
+    "disk_full",  # the disk of the capture file was full or failed
     "damaged",  # bytes of a capture file or spool are not what was written: their frame could not be read back
 )
 

@@ -21,14 +21,14 @@ import pyarrow as pa
 from events.frames import SCHEMAS, Clocks, Frame, Watermark, empty_events, events_frame
 from events.records import LOSSES, TASKS
 
-__all__ = ["MAX_FRAME_BYTES", "Framer", "Sealed", "concatenate", "loss_row", "read_clocks", "seal"]
+__all__ = ["MAX_FRAME_BYTES", "Framer", "Row", "Sealed", "concatenate", "loss_row", "read_clocks", "seal"]
 
 # Below the usual `message.max.bytes` of a broker (1 MiB less the record's own overhead).
 MAX_FRAME_BYTES: Final = 900_000
 # Task rows are wide (names, paths, command lines): a snapshot of a large machine travels in several frames.
 _TASK_ROWS: Final = 2048
 
-Row = Mapping[str, Any]
+Row = Mapping[str, Any]  # one row of `TASKS` or `LOSSES`
 
 
 @dataclass(frozen=True, slots=True)
