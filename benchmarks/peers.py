@@ -142,7 +142,7 @@ def kprobe_states(folder: Path) -> list[dict[str, Any]]:
 
 def perf_delays(folder: Path, pid: int) -> dict[int, int]:
     """Run-queue delay per tid from `perf sched timehist`: after wake-ups, and after preemptions."""
-    argv = ["perf", "sched", "timehist", "-i", str(folder / "perf.data"), "--ns", "--state", "--no-summary"]
+    argv = ["perf", "sched", "timehist", "-i", str(folder / "perf.data"), "--state"]
     text = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
     line = re.compile(r"^\s*([\d.]+) \[(\d+)\]\s+(.*)\[(\d+)(?:/(\d+))?\]\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)\s+(\w+)")
     total: dict[int, int] = defaultdict(int)

@@ -1,0 +1,1 @@
+"""Faults of a real database: PostgreSQL with a payments schema (see `database`)."""
