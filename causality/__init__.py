@@ -1,1 +1,5 @@
-"""Placeholder, replaced by the room."""
+"""Pure inference: from recorded kernel events to causes. No I/O, no servers, no clock of its own.
+
+`engine.NodeEngine` is the entrance. `timeline` is what mechanism resolvers (`block`, `journal`, `memory`, `network`,
+`failures`) are written against.
+"""

@@ -1,0 +1,903 @@
+"""What happened on one node in [lo, hi]: the questions that a verdict asks, answered from sorted columns.
+
+A `Timeline` is a read-only view of the sealed events at or before the end of one operation, and not older than its look-back.
+It is all that inference sees, so a verdict depends on nothing else. Times are integer ns of CLOCK_MONOTONIC, windows half-open.
+
+For writers of mechanism resolvers (`block`, `journal`, `memory`, `network`, `failures`):
+
+    timeline.kind("block_rq_issue", start, end)       rows of a kind in [start, end); `Rows.get("rq")` gives a field
+    timeline.matching("block_rq_complete", "rq", ptr, start, end)   rows whose field has a value (a pointer, an inode)
+    timeline.of_task(tid, start, end)                 rows during which the thread was current (interrupts on top included)
+    timeline.states(task_key, start, end)             [Interval]: running, runnable, blocked, unknown, with wakes
+    timeline.occupants(cpu, start, end)               [Occupant]: who had the CPU
+    timeline.frames(cpu, start, end)                  [IrqFrame]: interrupt frames with parents
+    timeline.context(rows, i)                         the interrupt frames an event stands in, innermost last
+    timeline.syscall_at(key, time)                    the system call a thread is in
+    timeline.task(tid, start_boot_ns)                 Task; timeline.task_at(tid, time) finds the life
+    timeline.losses(start, end)                       [Loss]
+    timeline.session                                  body of the session frame (families, capabilities, ...)
+
+The seam. For a blocked interval the engine builds a `Wait` and hands it to the resolvers in the order of `engine.RESOLVERS`. A
+resolver is `resolve(timeline, wait) -> list[Piece] | None`: pieces within [wait.start_mono_ns, wait.end_mono_ns), disjoint,
+each with a ledger label and, if it knows it, culprit and cause kind. What a resolver leaves uncovered goes to the next one,
+and at last to the walk through the waker. A piece with `follow` says "the thread waited for that thread here": the engine
+explains that part by what that thread was doing (its own blocked intervals go through the same resolvers), under the piece's
+label and edge.
+
+`brackets(timeline, key, start, end) -> list[Piece]` (optional) labels parts of *running* time (run.fault, run.reclaim).
+`findings(timeline, operation, key, start, end) -> list[Finding]` (optional) names causes of a failed operation.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from causality.log import FORK, IN, MIGRATE, NEW, OUT, WAKEUP, WAKING, Segment
+from causality.states import BLOCKED, RUNNABLE, RUNNING, STATE_NAMES, UNKNOWN, Changes, derive
+from causality.tasks import Task, TaskTable
+from events.kinds import BY_NAME, BY_NUMBER
+
+__all__ = [
+    "BLOCKED", "RUNNABLE", "RUNNING", "UNKNOWN", "Finding", "Interval", "IrqFrame", "Loss", "Occupant", "Piece", "Rows",
+    "Syscall", "Timeline", "Wait", "Wake",
+]  # fmt: skip
+
+Key = tuple[int, int]
+_SWITCH: Final = BY_NAME["sched_switch"]
+_MIGRATE: Final = BY_NAME["sched_migrate_task"]
+_WAKING: Final = BY_NAME["sched_waking"]
+_NR_FUTEX: Final = 202
+# What the kernel reports in prev_state for a thread that is still runnable: nothing, or only "preempted" of the text format.
+_RUNNABLE_STATES: Final = (0, 256)
+_DEAD: Final = 0x10 | 0x20 | 0x80
+_CONTEXT_SCAN: Final = 512  # rows of interrupt entries and exits looked back over to find the frames of one event
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Events missing on `cpu` (None: any) in [start, end]."""
+
+    start_mono_ns: int
+    end_mono_ns: int
+    cpu: int | None
+    reason: str
+    family: str
+    count: int
+
+    @property
+    def hides_states(self) -> bool:
+        """Could scheduler events be among the missing?"""
+        return self.family in ("", "sched")
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """What ended a blocked interval. `frames`: interrupt frames around it, outermost first; none: the waker itself did."""
+
+    time_mono_ns: int
+    waker: Key
+    cpu: int
+    frames: tuple[str, ...]
+    evidence: tuple[str, ...]
+    exact: bool = True  # a sched_waking; False: a sched_wakeup stood in
+    certain: bool = True  # False: events are missing that could hide an interrupt around it
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """One state of one thread. `cpu`: where it ran or was last queued. `wake`: what ended it (blocked), began it (runnable)."""
+
+    start_mono_ns: int
+    end_mono_ns: int
+    state: int
+    cpu: int
+    evidence: tuple[str, ...]
+    prev_state: int = 0
+    wake: Wake | None = None
+    open: bool = False
+    throttled: bool = False
+    inferred: bool = False
+    places: tuple[tuple[int, int], ...] = ()  # (from time, queue CPU) of a runnable interval
+    unplaced: bool = False
+
+    @property
+    def state_name(self) -> str:
+        """running, runnable, blocked or unknown."""
+        return STATE_NAMES[self.state]
+
+
+@dataclass(frozen=True, slots=True)
+class Occupant:
+    """Who had a CPU in [start, end). `realtime`: its class when it was switched in."""
+
+    start_mono_ns: int
+    end_mono_ns: int
+    key: Key
+    tgid: int
+    realtime: bool
+    kthread: bool
+    cgroup_id: int
+    evidence: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class IrqFrame:
+    """One interrupt frame on a CPU; `parent` indexes the list it came in, or is -1. `kind`: hard, soft, timer."""
+
+    start_mono_ns: int
+    end_mono_ns: int
+    name: str
+    kind: str
+    parent: int
+    evidence: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Syscall:
+    """A system call: number, arguments, the object of its descriptor, and when it began and ended (None: not seen)."""
+
+    nr: int
+    args: tuple[int, ...]
+    object_type: int
+    object: int
+    enter_mono_ns: int | None
+    exit_mono_ns: int | None
+    ret: int | None
+    evidence: tuple[str, ...]
+    futex: Mapping[str, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """A blocked interval of `task` as the engine hands it to resolvers; clipped to what is asked for."""
+
+    task: Task
+    start_mono_ns: int
+    end_mono_ns: int
+    prev_state: int
+    wake: Wake | None
+    syscall: Syscall | None
+    evidence: tuple[str, ...]
+    open: bool = False
+    blocked_mono_ns: int = 0  # when it really began: at or before start_mono_ns
+    victim: bool = True  # the operation's own thread (False: a thread somebody waits for)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A labelled part of a wait or of running time."""
+
+    start_mono_ns: int
+    end_mono_ns: int
+    label: str
+    kind: str | None = None  # cause kind of interface section 3; None: left to the engine
+    culprit: Task | None = None
+    via: tuple[Task, ...] = ()
+    edge: str = "waits"
+    follow: Key | None = None
+    evidence: tuple[str, ...] = ()
+    confidence: str = "exact"
+    culprits: tuple[tuple[Task, int], ...] = ()  # several, with ns
+    text: str = ""  # a few words for the sentence, e.g. "fsync on vda"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A cause of failure that a module found."""
+
+    kind: str
+    culprit: Task | None
+    evidence: tuple[str, ...]
+    confidence: str = "exact"
+    chain: tuple[tuple[str, Task, Task], ...] = ()  # (edge, from, to)
+    text: str = ""
+
+
+class Rows:
+    """Some events, in order. Columns are gathered when asked for."""
+
+    def __init__(self, timeline: "Timeline", parts: list[tuple[Segment, npt.NDArray[Any]]]) -> None:
+        self._timeline = timeline
+        self._parts = [(s, r) for s, r in parts if len(r)]
+        self._columns: dict[str, npt.NDArray[Any]] = {}
+
+    def __len__(self) -> int:
+        return sum(len(r) for _, r in self._parts)
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """A column of `events.records.EVENTS`."""
+        if name not in self._columns:
+            got = [s.columns[name][r] for s, r in self._parts]
+            self._columns[name] = np.concatenate(got) if got else np.empty(0, np.uint64)
+        return self._columns[name]
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        return self.column(name)
+
+    @property
+    def time(self) -> npt.NDArray[Any]:
+        """Times, ns."""
+        return self.column("time_mono_ns")
+
+    def get(self, field_name: str, kind: str | None = None) -> npt.NDArray[Any]:
+        """A field of the kind (default: that of the first row; all rows must be of one kind or share the layout)."""
+        if not self._parts:
+            return np.empty(0, np.int64)
+        which = BY_NAME[kind] if kind else BY_NUMBER[int(self.column("kind")[0])]
+        return which.get(_LazyColumns(self), field_name)
+
+    def ids(self) -> tuple[str, ...]:
+        """Evidence ids of all rows."""
+        return tuple(self.id(i) for i in range(len(self)))
+
+    def id(self, i: int) -> str:
+        """Evidence id of row i."""
+        return self._timeline.event_id(int(self.column("cpu")[i]), int(self.column("seq")[i]))
+
+    def decode(self, i: int) -> dict[str, int]:
+        """All fields of row i, with time_mono_ns, cpu, tid, tgid."""
+        kind = BY_NUMBER[int(self.column("kind")[i])]
+        head = {n: int(self.column(n)[i]) for n in ("time_mono_ns", "cpu")}
+        head["current_tid"], head["current_tgid"] = int(self.column("tid")[i]), int(self.column("tgid")[i])
+        return {**head, **kind.decode(tuple(int(self.column(f"a{k}")[i]) for k in range(5)))}
+
+    def name(self, i: int) -> str:
+        """Kind name of row i."""
+        return BY_NUMBER[int(self.column("kind")[i])].name
+
+    def where(self, mask: npt.NDArray[Any]) -> "Rows":
+        """The rows that a mask selects."""
+        out, at = [], 0
+        for segment, rows in self._parts:
+            out.append((segment, rows[mask[at : at + len(rows)]]))
+            at += len(rows)
+        return Rows(self._timeline, out)
+
+    def parts(self) -> list[tuple[Segment, npt.NDArray[Any]]]:
+        """(segment, row numbers) of each part."""
+        return self._parts
+
+
+class _LazyColumns(Mapping[str, npt.NDArray[Any]]):
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        return self._rows.column(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+@dataclass(slots=True)
+class _TaskStates:
+    intervals: list[Interval]
+    starts: npt.NDArray[Any] = field(default_factory=lambda: np.empty(0, np.int64))
+
+
+class Timeline:
+    """The events of one node within [lo, hi]; see the module's text."""
+
+    def __init__(
+        self,
+        segments: list[Segment],
+        tasks: TaskTable,
+        losses: list[Loss],
+        *,
+        lo_mono_ns: int,
+        hi_mono_ns: int,
+        node: str,
+        boot_id: str,
+        session: Mapping[str, Any] | None = None,
+        proven_mono_ns: int | None = None,
+    ) -> None:
+        """`proven_mono_ns`: from when on every scheduler event was recorded (None: not known, e.g. an import)."""
+        self.lo_mono_ns, self.hi_mono_ns = lo_mono_ns, hi_mono_ns
+        self.node, self.boot_id = node, boot_id
+        self.session: Mapping[str, Any] = session or {}
+        self.proven_mono_ns = None if proven_mono_ns is None else max(proven_mono_ns, lo_mono_ns)
+        self._table = tasks
+        self._segments = [s for s in segments if len(s) and s.last_mono_ns >= lo_mono_ns and s.first_mono_ns <= hi_mono_ns]
+        self._all_losses = [x for x in losses if x.end_mono_ns > lo_mono_ns and x.start_mono_ns <= hi_mono_ns]
+        self._states: dict[Key, _TaskStates] = {}
+        self._tasks: dict[Key, Task] = {}
+        self._tgids: dict[Key, int] = {}
+        self._cgroups: dict[Key, int] = {}
+        self._subjects: dict[int, Rows] = {}
+        self._cpus: list[int] | None = None
+        self._ids = f"{node}/{boot_id}/"
+
+    # --- rows
+
+    def event_id(self, cpu: int, seq: int) -> str:
+        """Evidence id of an event."""
+        return f"{self._ids}{cpu}/{seq}"
+
+    def _clip(self, segment: Segment, rows: npt.NDArray[Any], start: int, end: int) -> npt.NDArray[Any]:
+        """The rows (ascending) of a segment with start <= time < end, within the view."""
+        first = np.searchsorted(segment.time, max(start, self.lo_mono_ns))
+        last = np.searchsorted(segment.time, min(end, self.hi_mono_ns + 1))
+        a, b = np.searchsorted(rows, (first, last))
+        return rows[a:b]
+
+    def _select(self, start: int, end: int, rows_of: Any) -> Rows:
+        return Rows(
+            self,
+            [
+                (s, self._clip(s, rows_of(s), start, end))
+                for s in self._segments
+                if s.last_mono_ns >= start and s.first_mono_ns < end
+            ],
+        )
+
+    def kind(self, name: str, start_mono_ns: int, end_mono_ns: int) -> Rows:
+        """Events of one kind in [start, end)."""
+        number = BY_NAME[name].number
+        return self._select(start_mono_ns, end_mono_ns, lambda s: s.rows_of_kind(number))
+
+    def kinds(self, names: tuple[str, ...], start_mono_ns: int, end_mono_ns: int) -> Rows:
+        """Events of several kinds in [start, end), in order of time."""
+        numbers = [BY_NAME[n].number for n in names]
+        return self._select(start_mono_ns, end_mono_ns, lambda s: np.sort(np.concatenate([s.rows_of_kind(n) for n in numbers])))
+
+    def matching(self, name: str, field_name: str, value: int, start_mono_ns: int, end_mono_ns: int) -> Rows:
+        """Events of one kind in [start, end) whose field has a value."""
+        rows = self.kind(name, start_mono_ns, end_mono_ns)
+        return rows.where(rows.get(field_name, name) == value) if len(rows) else rows
+
+    def of_task(self, tid: int, start_mono_ns: int, end_mono_ns: int) -> Rows:
+        """Events in [start, end) during which the thread was current."""
+        return self._select(start_mono_ns, end_mono_ns, lambda s: s.rows_of_current(tid))
+
+    def of_task_kinds(self, tid: int, names: tuple[str, ...], start_mono_ns: int, end_mono_ns: int) -> Rows:
+        """As `of_task`, only some kinds."""
+        rows = self.of_task(tid, start_mono_ns, end_mono_ns)
+        numbers = [BY_NAME[n].number for n in names]
+        return rows.where(np.isin(rows.column("kind"), numbers)) if len(rows) else rows
+
+    def on_cpu(self, cpu: int, start_mono_ns: int, end_mono_ns: int) -> Rows:
+        """Events on a CPU in [start, end)."""
+        return self._select(start_mono_ns, end_mono_ns, lambda s: s.rows_of_cpu(cpu))
+
+    def has(self, name: str) -> bool:
+        """Is there any event of this kind in the view?"""
+        return len(self.kind(name, self.lo_mono_ns, self.hi_mono_ns + 1)) > 0
+
+    def cpus(self) -> list[int]:
+        """CPUs that have events."""
+        if self._cpus is None:
+            self._cpus = sorted({c for s in self._segments for c in s.cpus()})
+        return self._cpus
+
+    def losses(self, start_mono_ns: int, end_mono_ns: int) -> list[Loss]:
+        """Losses that touch [start, end)."""
+        return [x for x in self._all_losses if x.end_mono_ns > start_mono_ns and x.start_mono_ns < end_mono_ns]
+
+    # --- tasks
+
+    def task(self, tid: int, start_boot_ns: int = 0) -> Task:
+        """A thread, as known at the end of the view."""
+        key = (tid, start_boot_ns)
+        if key not in self._tasks:
+            facts = self._table.look_up(tid, start_boot_ns, self.hi_mono_ns)
+            self._tasks[key] = Task(
+                tid=tid,
+                start_boot_ns=start_boot_ns,
+                tgid=int(facts.get("tgid") or self._tgids.get(key) or (self._tgid_of(tid) if tid else 0)),
+                comm=str(facts.get("comm") or ("" if tid else "swapper")),
+                cgroup_id=int(facts.get("cgroup_id") or self._cgroups.get(key, 0)),
+                cgroup=str(facts.get("cgroup") or ""),
+                container=facts.get("container"),
+                kthread=bool(facts.get("kthread", False)),
+                observer=bool(facts.get("observer", False)),
+                parent_tid=int(facts.get("parent_tid") or 0),
+            )
+        return self._tasks[key]
+
+    def _tgid_of(self, tid: int) -> int:
+        for s in reversed(self._segments):
+            rows = s.rows_of_current(tid)
+            if len(rows):
+                return int(s.columns["tgid"][rows[-1]])
+        rows_ = self._subject(tid)
+        for i in range(len(rows_)):
+            if rows_.name(i) != "sched_process_free" and int(rows_["a0"][i]) & 0xFFFFFFFF == tid:
+                return int(rows_["a0"][i]) >> 32
+        return 0
+
+    def task_at(self, tid: int, time_mono_ns: int) -> Key:
+        """Which life of `tid` was there at a time: by the scheduler events nearest to it, else by the task rows."""
+        rows = self._subject(tid)
+        starts = self._starts_of(tid, rows)
+        if len(starts):
+            after = int(np.searchsorted(rows.time, time_mono_ns))
+            later = starts[after:]
+            earlier = starts[:after]
+            known = earlier[earlier != 0]
+            coming = later[later != 0]
+            if len(known) and len(coming) and known[-1] != coming[0]:
+                ended = self._ended(tid, int(known[-1]))
+                return (tid, int(known[-1] if ended is None or time_mono_ns <= ended else coming[0]))
+            if len(known) or len(coming):
+                return (tid, int(known[-1] if len(known) else coming[0]))
+        lives = self._table.lives(tid, self.hi_mono_ns)
+        for start, told in reversed(lives):
+            if told <= time_mono_ns or start == lives[0][0]:
+                return (tid, start)
+        return (tid, 0)
+
+    def _ended(self, tid: int, start_boot_ns: int) -> int | None:
+        rows = self._subject(tid)
+        starts, roles = self._starts_of(tid, rows), self._roles(tid, rows)
+        states = rows.get("prev_state", "sched_switch")
+        mine = np.flatnonzero((starts == start_boot_ns) & (roles == OUT))
+        if len(mine) and int(states[mine[-1]]) & _DEAD:
+            return int(rows.time[mine[-1]])
+        return None
+
+    def known_tids(self) -> list[int]:
+        """All threads that changed state in the view."""
+        found: set[int] = set()
+        low = np.uint64(0xFFFFFFFF)
+        for name in ("sched_switch", "sched_waking", "sched_wakeup", "sched_wakeup_new", "sched_process_fork"):
+            rows = self.kind(name, self.lo_mono_ns, self.hi_mono_ns + 1)
+            found.update(int(t) for t in np.unique(rows.column("a0") & low))
+            if name == "sched_switch":
+                found.update(int(t) for t in np.unique(rows.column("tid")))
+        return sorted(found - {0})
+
+    def lives(self, tid: int) -> list[Key]:
+        """The lives of a tid that scheduler events of the view name."""
+        starts = self._starts_of(tid, self._subject(tid))
+        distinct = list(dict.fromkeys(int(s) for s in starts if s)) or [0]
+        return [(tid, s) for s in distinct]
+
+    # --- states
+
+    def _subject(self, tid: int) -> Rows:
+        if tid not in self._subjects:
+            self._subjects[tid] = Rows(
+                self,
+                [
+                    (s, self._clip(s, s.subject_rows(tid)[0], self.lo_mono_ns, self.hi_mono_ns + 1))
+                    for s in self._segments
+                ],
+            )
+        return self._subjects[tid]
+
+    def _roles(self, tid: int, rows: Rows) -> npt.NDArray[Any]:
+        kind = rows.column("kind")
+        roles = np.full(len(kind), IN, np.int8)
+        for name, role in (
+            ("sched_waking", WAKING), ("sched_wakeup", WAKEUP), ("sched_wakeup_new", NEW), ("sched_migrate_task", MIGRATE),
+            ("sched_process_fork", FORK),
+        ):  # fmt: skip
+            roles[kind == BY_NAME[name].number] = role
+        is_prev = (kind == _SWITCH.number) & (rows.column("tid") == tid)
+        roles[is_prev] = OUT
+        return roles
+
+    def _starts_of(self, tid: int, rows: Rows) -> npt.NDArray[Any]:
+        if not len(rows):
+            return np.empty(0, np.int64)
+        out = self._roles(tid, rows) == OUT
+        starts: npt.NDArray[Any] = np.where(out, rows.column("a4"), rows.column("a1")).astype(np.int64)
+        return starts
+
+    def states(self, key: Key, start_mono_ns: int, end_mono_ns: int) -> list[Interval]:
+        """Contiguous states of a thread that cover [start, end) exactly; losses are not yet taken out (see `lost_parts`)."""
+        held = self._states.get(key)
+        if held is None:
+            intervals = self._derive(key)
+            held = _TaskStates(intervals, np.array([i.start_mono_ns for i in intervals], np.int64))
+            self._states[key] = held
+        first = max(0, int(np.searchsorted(held.starts, start_mono_ns, side="right")) - 1)
+        out: list[Interval] = []
+        at = start_mono_ns
+        for interval in held.intervals[first:]:
+            if interval.start_mono_ns >= end_mono_ns:
+                break
+            if interval.end_mono_ns <= at:
+                continue
+            if interval.start_mono_ns > at:
+                out.append(Interval(at, interval.start_mono_ns, UNKNOWN, -1, ()))
+            out.append(interval)
+            at = interval.end_mono_ns
+        if at < end_mono_ns:
+            out.append(Interval(at, end_mono_ns, UNKNOWN, -1, ()))
+        return out
+
+    def _derive(self, key: Key) -> list[Interval]:
+        rows = self._subject(key[0])
+        starts = self._starts_of(key[0], rows)
+        if key[1] and len(rows):
+            rows = rows.where((starts == key[1]) | (starts == 0))
+        if not len(rows):
+            return self._without_changes(key)
+        roles = self._roles(key[0], rows)
+        out = roles == OUT
+        prev_state = rows.get("prev_state", "sched_switch")
+        preempt = rows.get("preempt", "sched_switch") == 1
+        blocks = out & ~preempt & ~np.isin(prev_state, _RUNNABLE_STATES)
+        changes = Changes(np.zeros(len(rows), np.int64), rows.time, roles, blocks)
+        return self._intervals(rows, roles, prev_state, changes)
+
+    def _intervals(
+        self, rows: Rows, roles: npt.NDArray[Any], prev_state: npt.NDArray[Any], changes: Changes
+    ) -> list[Interval]:
+        states = derive(changes)
+        throttle_out = rows.get("prev_throttled", "sched_switch") == 1
+        throttle_wake = rows.get("throttled", "sched_waking") == 1
+        cpus = rows.column("cpu")
+        target = np.where(
+            roles == MIGRATE, rows.get("dest_cpu", "sched_migrate_task"),
+            np.where((roles == IN) | (roles == OUT) | (roles == FORK), cpus, rows.get("target_cpu", "sched_waking")),
+        )  # fmt: skip
+        result = self._prefix(rows, roles, target)
+        for k in range(len(states.state)):
+            start, end, state = int(states.start_mono_ns[k]), int(states.end_mono_ns[k]), int(states.state[k])
+            cause, wake_row = int(states.cause[k]), int(states.wake[k])
+            is_open = bool(states.open[k])
+            end = min(end, self.hi_mono_ns) if is_open else end
+            if end <= start:
+                continue
+            if roles[cause] == OUT and int(prev_state[cause]) & _DEAD and state in (BLOCKED, UNKNOWN):
+                break
+            wake = self._wake(rows, wake_row) if wake_row >= 0 else None
+            places: tuple[tuple[int, int], ...] = ()
+            unplaced = False
+            if state == RUNNABLE:
+                places, unplaced = self._places(rows, roles, target, cause, start, end)
+            throttled = state == RUNNABLE and bool(
+                throttle_out[cause] if roles[cause] == OUT else throttle_wake[cause] if roles[cause] != IN else False
+            )
+            result.append(
+                Interval(
+                    start, end, state, int(places[-1][1] if places else target[cause]), (rows.id(cause),),
+                    prev_state=int(prev_state[cause]) if roles[cause] == OUT else 0, wake=wake, open=is_open,
+                    throttled=throttled, places=places, unplaced=unplaced,
+                )
+            )
+        return result
+
+    def _prefix(self, rows: Rows, roles: npt.NDArray[Any], target: npt.NDArray[Any]) -> list[Interval]:
+        """What the first event of a thread proves about the time before it, where everything was recorded."""
+        first, begin = int(rows.time[0]), self.proven_mono_ns
+        role = int(roles[0])
+        if begin is None or first <= begin or role in (FORK, MIGRATE, NEW):
+            return []
+        state = {IN: RUNNABLE, OUT: RUNNING, WAKING: BLOCKED, WAKEUP: UNKNOWN}[role]
+        wake = self._wake(rows, 0) if state == BLOCKED else None
+        places = ((begin, int(target[0])),) if state == RUNNABLE else ()
+        end = first
+        if role == WAKING:
+            # The thread may have been running when it was woken: only a switch-in next proves that it slept.
+            later = [int(r) for r in roles[1:] if int(r) in (IN, OUT)]
+            if later[:1] == [OUT]:
+                state, wake = RUNNING, None
+        result = [Interval(begin, end, state, int(target[0]), (rows.id(0),), wake=wake, inferred=True, places=places)]
+        if role == WAKING:
+            result += self._after_first_wake(rows, roles, target, state, first)
+        return result
+
+    def _after_first_wake(
+        self, rows: Rows, roles: npt.NDArray[Any], target: npt.NDArray[Any], state: int, first: int
+    ) -> list[Interval]:
+        defining = [i for i in range(len(roles)) if int(roles[i]) in (IN, OUT, FORK)]
+        end = int(rows.time[defining[0]]) if defining else self.hi_mono_ns
+        if end <= first:
+            return []
+        if state == RUNNING:
+            return [Interval(first, end, RUNNING, int(rows["cpu"][defining[0]]), (rows.id(0),), inferred=True)]
+        places, unplaced = self._places(rows, roles, target, 0, first, end)
+        wake = self._wake(rows, 0)
+        throttled = bool(rows.get("throttled", "sched_waking")[0] == 1)
+        return [
+            Interval(
+                first, end, RUNNABLE, places[-1][1], (rows.id(0),), wake=wake, open=not defining, places=places,
+                unplaced=unplaced, throttled=throttled,
+            )
+        ]  # fmt: skip
+
+    def _without_changes(self, key: Key) -> list[Interval]:
+        """A thread without scheduler events: running throughout if it was seen as current, else as the snapshot says."""
+        begin, end = self.proven_mono_ns, self.hi_mono_ns
+        if begin is None or end <= begin:
+            return []
+        seen = self.of_task(key[0], self.lo_mono_ns, self.hi_mono_ns + 1)
+        if len(seen):
+            return [Interval(begin, end, RUNNING, int(seen["cpu"][0]), (seen.id(0),), inferred=True)]
+        row = self._table.snapshots(*key, self.lo_mono_ns, self.hi_mono_ns)
+        if row is None:
+            return []
+        state = {"R": UNKNOWN}.get(str(row.get("state", "?")), BLOCKED)
+        return [Interval(begin, end, state, int(row.get("cpu") or -1), (), open=True, inferred=True)]
+
+    def _places(
+        self, rows: Rows, roles: npt.NDArray[Any], target: npt.NDArray[Any], cause: int, start: int, end: int
+    ) -> tuple[tuple[tuple[int, int], ...], bool]:
+        """The CPUs on whose queue a runnable thread stood. Until it is enqueued it counts for the CPU it is being sent to."""
+        places: list[tuple[int, int]] = [(start, int(target[cause]))]
+        run_cpu = None
+        sending = int(roles[cause]) in (WAKING, NEW)
+        for i in range(cause + 1, len(roles)):
+            role, time = int(roles[i]), int(rows.time[i])
+            if role in (IN, OUT, FORK):
+                run_cpu = int(rows["cpu"][i]) if role == IN else None
+                break
+            if role in (MIGRATE, WAKEUP):
+                if sending or time <= start:
+                    places[-1] = (places[-1][0], int(target[i]))
+                    sending = sending and role != WAKEUP
+                elif places[-1][1] != int(target[i]):
+                    places.append((time, int(target[i])))
+        unplaced = run_cpu is not None and places[-1][1] != run_cpu
+        return tuple(p for p in places if p[0] < end), unplaced
+
+    def _wake(self, rows: Rows, i: int) -> Wake:
+        tid, time, cpu = int(rows["tid"][i]), int(rows.time[i]), int(rows["cpu"][i])
+        frames, certain = self.context(cpu, time, int(rows["seq"][i]))
+        waker = (tid, 0) if tid == 0 else self.task_at(tid, time)
+        self._tgids.setdefault(waker, int(rows["tgid"][i]))
+        return Wake(
+            time, waker, cpu, tuple(f.name for f in frames), (rows.id(i),),
+            exact=int(rows["kind"][i]) != BY_NAME["sched_wakeup"].number, certain=certain,
+        )  # fmt: skip
+
+    # --- CPUs
+
+    def occupants(self, cpu: int, start_mono_ns: int, end_mono_ns: int) -> list[Occupant]:
+        """Who had the CPU, covering what is known of [start, end); idle is tid 0. Losses are not yet taken out."""
+        rows = self._switches_around(cpu, start_mono_ns, end_mono_ns)
+        if not len(rows):
+            return self._lone_occupant(cpu, start_mono_ns, end_mono_ns)
+        time, out = rows.time, []
+        first = int(time[0])
+        if first > start_mono_ns:
+            begin = max(start_mono_ns, self.proven_mono_ns if self.proven_mono_ns is not None else first)
+            if begin < first:
+                out.append(self._occupant(rows, 0, begin, first, previous=True))
+        for i in range(len(rows)):
+            begin = max(int(time[i]), start_mono_ns)
+            end = min(int(time[i + 1]) if i + 1 < len(rows) else end_mono_ns, end_mono_ns)
+            if begin < end:
+                out.append(self._occupant(rows, i, begin, end, previous=False))
+        return out
+
+    def _switches_around(self, cpu: int, start: int, end: int) -> Rows:
+        """Switches on a CPU in [start, end), with the last one before and, if there is none before, the first one after."""
+        parts = []
+        before = self._last_switch(cpu, start)
+        if before is not None:
+            parts.append((before[0], before[0].switch_rows(cpu)[before[1] : before[1] + 1]))
+        inside = self._select(start, end, lambda s: s.switch_rows(cpu))
+        parts += inside.parts()
+        if not parts:
+            for s in self._segments:
+                rows = self._clip(s, s.switch_rows(cpu), end, self.hi_mono_ns + 1)
+                if len(rows):
+                    parts.append((s, rows[:1]))
+                    break
+        return Rows(self, parts)
+
+    def _last_switch(self, cpu: int, before: int) -> tuple[Segment, int] | None:
+        """(segment, position in its switch_rows) of the last switch on a CPU before a time."""
+        for s in reversed(self._segments):
+            if s.first_mono_ns >= before:
+                continue
+            rows = s.switch_rows(cpu)
+            limit = np.searchsorted(s.time, before)
+            i = int(np.searchsorted(rows, limit)) - 1
+            if i >= 0:
+                return (s, i) if int(s.time[rows[i]]) >= self.lo_mono_ns else None
+        return None
+
+    def _occupant(self, rows: Rows, i: int, start: int, end: int, *, previous: bool) -> Occupant:
+        row = rows.decode(i)
+        side = "prev" if previous else "next"
+        tid = row["current_tid"] if previous else row["next_tid"]
+        tgid = row["current_tgid"] if previous else row["next_tgid"]
+        key = (tid, row[f"{side}_start_boot_ns"] if tid else 0)
+        cgroup = 0 if previous else row["next_cgroup_id"]
+        self._tgids.setdefault(key, tgid)
+        if cgroup:
+            self._cgroups.setdefault(key, cgroup)
+        policy, prio = row[f"{side}_policy"], row[f"{side}_prio"]
+        realtime = policy in (1, 2, 6) and prio < 100
+        return Occupant(start, end, key, tgid, realtime, bool(row[f"{side}_kthread"]), cgroup, (rows.id(i),))
+
+    def _lone_occupant(self, cpu: int, start: int, end: int) -> list[Occupant]:
+        if self.proven_mono_ns is None or max(start, self.proven_mono_ns) >= end:
+            return []
+        seen = self.on_cpu(cpu, self.lo_mono_ns, self.hi_mono_ns + 1)
+        if not len(seen):
+            return []
+        tid = int(seen["tid"][0])
+        key = self.task_at(tid, int(seen.time[0])) if tid else (0, 0)
+        begin = max(start, self.proven_mono_ns)
+        return [Occupant(begin, end, key, int(seen["tgid"][0]), False, False, 0, (seen.id(0),))]
+
+    def frames(self, cpu: int, start_mono_ns: int, end_mono_ns: int) -> list[IrqFrame]:
+        """Interrupt frames that touch [start, end) on a CPU, outer before inner, clipped to the window."""
+        before = self._last_switch(cpu, start_mono_ns)
+        begin = start_mono_ns
+        if before is not None:
+            begin = int(before[0].time[before[0].switch_rows(cpu)[before[1]]])
+        if start_mono_ns - begin > 100_000_000:  # a frame does not last that long: do not re-read a hog's whole run
+            begin = start_mono_ns - 100_000_000
+        rows = self._select(begin, end_mono_ns, lambda s: s.frame_rows(cpu))
+        found = _stack(rows, end_mono_ns)
+        kept = [f for f in found if f.end_mono_ns > start_mono_ns and f.start_mono_ns < end_mono_ns]
+        renumber = {id(found[i]): i for i in range(len(found))}
+        position = {renumber[id(f)]: k for k, f in enumerate(kept)}
+        return [
+            IrqFrame(
+                max(f.start_mono_ns, start_mono_ns), min(f.end_mono_ns, end_mono_ns), f.name, f.kind,
+                position.get(f.parent, -1), f.evidence,
+            )
+            for f in kept
+        ]  # fmt: skip
+
+    def context(self, cpu: int, time_mono_ns: int, seq: int) -> tuple[list[IrqFrame], bool]:
+        """(interrupt frames around an event, outermost first; is that certain?). Uncertain: events are missing just before."""
+        before = self._last_switch(cpu, time_mono_ns + 1)
+        begin = self.lo_mono_ns
+        if before is not None:
+            begin = int(before[0].time[before[0].switch_rows(cpu)[before[1]]])
+        rows = self._recent_frames(cpu, begin, time_mono_ns)
+        found = _stack(rows, None, stop=(time_mono_ns, seq))
+        frames = [f for f in found if f.end_mono_ns < 0]
+        lost = any(
+            x.cpu in (None, cpu) and x.start_mono_ns < time_mono_ns and x.end_mono_ns > begin
+            and x.family in ("", "sched", "irq", "softirq", "irq_vectors", "timers")
+            for x in self._all_losses
+        )  # fmt: skip
+        return frames, not lost
+
+    def _recent_frames(self, cpu: int, begin: int, time: int) -> Rows:
+        parts: list[tuple[Segment, npt.NDArray[Any]]] = []
+        wanted = _CONTEXT_SCAN
+        for s in reversed(self._segments):
+            if s.first_mono_ns > time or s.last_mono_ns < begin or wanted <= 0:
+                continue
+            rows = self._clip(s, s.frame_rows(cpu), begin, time + 1)[-wanted:]
+            parts.insert(0, (s, rows))
+            wanted -= len(rows)
+        return Rows(self, parts)
+
+    # --- system calls
+
+    def syscall_at(self, key: Key, time_mono_ns: int) -> Syscall | None:
+        """The system call that the thread is in at a time: from its entry before, or from its exit after, or the snapshot."""
+        enters = ("sys_enter", "sys_enter_futex", "sys_exit")
+        rows = self._current_before(key[0], time_mono_ns, enters)
+        if len(rows):
+            if rows.name(0) == "sys_exit":
+                return None
+            after = self._current_after(key[0], time_mono_ns)
+            return _syscall(rows, after)
+        after = self._current_after(key[0], time_mono_ns)
+        if len(after):
+            if after.name(0) != "sys_exit":
+                return None
+            row = after.decode(0)
+            return Syscall(
+                row["nr"], (row["arg0"], row["arg1"]), row["object_type"], row["object"], None, row["time_mono_ns"], row["ret"],
+                (after.id(0),),
+            )  # fmt: skip
+        snapshot = self._table.snapshots(*key, self.lo_mono_ns, self.hi_mono_ns)
+        if snapshot and snapshot.get("syscall_nr") is not None and int(snapshot["syscall_nr"]) >= 0:
+            args = tuple(int(snapshot.get(f"syscall_arg{i}") or 0) for i in range(3))
+            return Syscall(int(snapshot["syscall_nr"]), args, 0, 0, None, None, None, ())
+        return None
+
+    def records_syscalls(self, key: Key) -> bool:
+        """Were system calls of this thread recorded in the view?"""
+        for s in self._segments:
+            rows = self._clip(s, s.rows_of_current(key[0]), self.lo_mono_ns, self.hi_mono_ns + 1)
+            if np.isin(s.columns["kind"][rows], _SYSCALL_KINDS).any():
+                return True
+        return False
+
+    def _current_before(self, tid: int, time: int, names: tuple[str, ...]) -> Rows:
+        numbers = [BY_NAME[n].number for n in names]
+        for s in reversed(self._segments):
+            if s.first_mono_ns > time:
+                continue
+            rows = self._clip(s, s.rows_of_current(tid), self.lo_mono_ns, time + 1)
+            for begin in range(len(rows), 0, -256):
+                some = rows[max(0, begin - 256) : begin]
+                hit = np.flatnonzero(np.isin(s.columns["kind"][some], numbers))
+                if len(hit):
+                    return Rows(self, [(s, some[hit[-1] : hit[-1] + 1])])
+        return Rows(self, [])
+
+    def _current_after(self, tid: int, time: int) -> Rows:
+        for s in self._segments:
+            if s.last_mono_ns < time:
+                continue
+            rows = self._clip(s, s.rows_of_current(tid), time + 1, self.hi_mono_ns + 1)
+            for begin in range(0, len(rows), 256):
+                some = rows[begin : begin + 256]
+                hit = np.flatnonzero(np.isin(s.columns["kind"][some], _SYSCALL_KINDS))
+                if len(hit):
+                    return Rows(self, [(s, some[hit[0] : hit[0] + 1])])
+        return Rows(self, [])
+
+
+_SYSCALL_KINDS: Final = tuple(BY_NAME[n].number for n in ("sys_enter", "sys_enter_futex", "sys_exit"))
+
+
+def _syscall(enter: Rows, after: Rows) -> Syscall:
+    row = enter.decode(0)
+    exit_row = after.decode(0) if len(after) and after.name(0) == "sys_exit" else None
+    ended = exit_row["time_mono_ns"] if exit_row else None
+    ret = exit_row["ret"] if exit_row else None
+    if enter.name(0) == "sys_enter_futex":
+        futex = {k: row[k] for k in ("op", "val", "uaddr", "word", "owner", "uaddr2", "timeout")}
+        return Syscall(
+            _NR_FUTEX, (row["uaddr"], row["op"], row["val"]), 0, 0, row["time_mono_ns"], ended, ret, (enter.id(0),), futex
+        )
+    args = (row["arg0"], row["arg1"], row["arg2"])
+    return Syscall(
+        row["nr"], args, row["object_type"], row["object"], row["time_mono_ns"], ended, ret, (enter.id(0),)
+    )
+
+
+_SOFTIRQ_NAMES: Final = ("HI", "TIMER", "NET_TX", "NET_RX", "BLOCK", "IRQ_POLL", "TASKLET", "SCHED", "HRTIMER", "RCU")
+_ENTRY: Final = {
+    "irq_handler_entry": ("irq", "hard"), "softirq_entry": ("softirq", "soft"), "tasklet_entry": ("tasklet", "soft"),
+    "local_timer_entry": ("local_timer", "hard"), "reschedule_entry": ("reschedule", "hard"),
+    "call_function_entry": ("call_function", "hard"), "call_function_single_entry": ("call_function_single", "hard"),
+    "irq_work_entry": ("irq_work", "hard"), "hrtimer_expire_entry": ("hrtimer", "timer"),
+    "timer_expire_entry": ("timer", "timer"),
+}  # fmt: skip
+_EXIT: Final = {name.replace("_entry", "_exit"): stem for name, (stem, _) in _ENTRY.items()}
+_ENTRY_BY_KIND: Final = {BY_NAME[n].number: (n, *v) for n, v in _ENTRY.items()}
+_EXIT_BY_KIND: Final = {BY_NAME[n].number: v for n, v in _EXIT.items()}
+
+
+def _frame_name(rows: Rows, i: int, stem: str) -> str:
+    a0 = int(rows["a0"][i])
+    if stem == "irq":
+        raw = int(rows["a1"][i]).to_bytes(8, "little") + int(rows["a2"][i]).to_bytes(8, "little")
+        return f"irq/{a0 & 0xFFFFFFFF} {raw.rstrip(bytes(1)).decode(errors='replace')}".rstrip()
+    if stem == "softirq":
+        return f"softirq {_SOFTIRQ_NAMES[a0] if a0 < len(_SOFTIRQ_NAMES) else a0}"
+    return stem
+
+
+def _stack(rows: Rows, end: int | None, stop: tuple[int, int] | None = None) -> list[IrqFrame]:
+    """Frames of one CPU's entries and exits. An exit closes the innermost entry of its name and what is open inside it; one
+    without an entry is ignored. Frames still open end at `end`, or have end -1 when a `stop` (time, seq) is given."""
+    frames: list[IrqFrame] = []
+    stems: list[str] = []
+    open_: list[int] = []
+    if not len(rows):
+        return frames
+    kinds, times, seqs = rows["kind"].tolist(), rows.time.tolist(), rows["seq"].tolist()
+    for i, kind in enumerate(kinds):
+        if stop is not None and (times[i], seqs[i]) >= stop:
+            break
+        if kind in _ENTRY_BY_KIND:
+            _, stem, sort = _ENTRY_BY_KIND[kind]
+            open_.append(len(frames))
+            stems.append(stem)
+            parent = open_[-2] if len(open_) > 1 else -1
+            frames.append(IrqFrame(times[i], -1, _frame_name(rows, i, stem), sort, parent, (rows.id(i),)))
+        elif kind in _EXIT_BY_KIND and _EXIT_BY_KIND[kind] in stems:
+            while True:
+                stem = stems.pop()
+                frames[open_.pop()].end_mono_ns = times[i]
+                if stem == _EXIT_BY_KIND[kind]:
+                    break
+    if end is not None:
+        for k in open_:
+            frames[k].end_mono_ns = end
+    return frames
