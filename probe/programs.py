@@ -232,8 +232,9 @@ class ProgramSet:
         facts = {"CGROUP_SUBSYS": -1, "MEMORY_SUBSYS": -1 if memory is None else memory}
         if self.hierarchy.version_1 and cpu is not None:
             facts["CGROUP_SUBSYS"] = cpu
-        # The coarse clock's resolution is one tick.
         facts["TICK_NS"] = _coarse_tick_ns()
+        facts["PAGE_BYTES"] = mmap.PAGESIZE
+        facts["SIZE_percpu_counter"] = self.types.vmlinux.size("percpu_counter") or 0
         if self.fetch_add:
             facts["HAVE_FETCH_ADD"] = 1
         return facts
