@@ -18,9 +18,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from causality.log import FORK, IN, NEW, OUT, WAKEUP, WAKING
+from causality.log import FORK, IN, MIGRATE, NEW, OUT, WAKEUP, WAKING
 
-__all__ = ["BLOCKED", "RUNNABLE", "RUNNING", "STATE_NAMES", "UNKNOWN", "Changes", "States", "derive"]
+__all__ = ["BLOCKED", "RUNNABLE", "RUNNING", "STATE_NAMES", "UNKNOWN", "Changes", "States", "causal_order", "derive"]
 
 RUNNING, RUNNABLE, BLOCKED, UNKNOWN = range(4)
 STATE_NAMES: Final = ("running", "runnable", "blocked", "unknown")
@@ -29,7 +29,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """Rows sorted by (thread, time, cpu, seq). `blocks`: a switch-out that leaves the run queue."""
+    """Rows sorted by (thread, time), each thread in `causal_order`. `blocks`: a switch-out that leaves the run queue."""
 
     thread: Array
     time_mono_ns: Array
@@ -48,6 +48,49 @@ class States:
     cause: Array
     wake: Array
     open: Array
+
+
+# What comes first of one nanosecond's events on several CPUs, for a thread that runs and for one that does not.
+_RANKS: Final = {
+    True: {OUT: 0, MIGRATE: 1, FORK: 2, NEW: 2, WAKING: 3, WAKEUP: 4, IN: 5},
+    False: {FORK: 0, NEW: 1, WAKING: 2, MIGRATE: 3, WAKEUP: 4, IN: 5, OUT: 6},
+}
+
+
+def causal_order(time: Array, cpu: Array, role: Array) -> Array:
+    """A permutation of one thread's rows, which are in the order (time, cpu, seq), that puts cause before effect where several
+    CPUs have events of the same nanosecond: asleep before woken, woken before run. Each CPU's own order stays."""
+    order = np.arange(len(time))
+    tied = np.flatnonzero((time[1:] == time[:-1]) & (cpu[1:] != cpu[:-1])) if len(time) else order
+    done = -1
+    for at in tied.tolist():
+        if at < done:
+            continue
+        first, done = (int(np.searchsorted(time, time[at], side)) for side in ("left", "right"))
+        before = role[order[:first]]
+        defining = np.flatnonzero((before == IN) | (before == OUT) | (before == FORK))
+        runs = bool(len(defining) and before[defining[-1]] == IN)
+        order[first:done] = _merge(first, done, cpu, role, runs=runs if len(defining) else None)
+    return order
+
+
+def _merge(first: int, end: int, cpu: Array, role: Array, *, runs: bool | None) -> list[int]:
+    queues: dict[int, list[int]] = {}
+    for row in range(first, end):
+        queues.setdefault(int(cpu[row]), []).append(row)
+    if runs is None:  # nothing is known of the thread yet: a switch-out among the first tells that it ran
+        runs = any(int(role[queue[0]]) == OUT for queue in queues.values())
+    merged: list[int] = []
+    while queues:
+        ranks = _RANKS[runs]
+        chosen = min(queues, key=lambda c: (ranks[int(role[queues[c][0]])], c))
+        row = queues[chosen].pop(0)
+        if not queues[chosen]:
+            del queues[chosen]
+        merged.append(row)
+        if int(role[row]) in (IN, OUT):
+            runs = int(role[row]) == IN
+    return merged
 
 
 def _last_before(mask: Array, index: Array) -> Array:

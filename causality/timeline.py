@@ -36,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 from causality.log import FORK, IN, MIGRATE, NEW, OUT, WAKEUP, WAKING, Segment
-from causality.states import BLOCKED, RUNNABLE, RUNNING, STATE_NAMES, UNKNOWN, Changes, derive
+from causality.states import BLOCKED, RUNNABLE, RUNNING, STATE_NAMES, UNKNOWN, Changes, causal_order, derive
 from causality.tasks import Task, TaskTable
 from events.kinds import BY_NAME, BY_NUMBER
 
@@ -256,6 +256,14 @@ class Rows:
             at += len(rows)
         return Rows(self._timeline, out)
 
+    def ordered(self, order: npt.NDArray[Any]) -> "Rows":
+        """The rows in another order, which must keep each segment's rows together (as ties of time do)."""
+        out, at = [], 0
+        for segment, rows in self._parts:
+            out.append((segment, rows[order[at : at + len(rows)] - at]))
+            at += len(rows)
+        return Rows(self._timeline, out)
+
     def parts(self) -> list[tuple[Segment, npt.NDArray[Any]]]:
         """(segment, row numbers) of each part."""
         return self._parts
@@ -462,13 +470,12 @@ class Timeline:
 
     def _subject(self, tid: int) -> Rows:
         if tid not in self._subjects:
-            self._subjects[tid] = Rows(
-                self,
-                [
-                    (s, self._clip(s, s.subject_rows(tid)[0], self.lo_mono_ns, self.hi_mono_ns + 1))
-                    for s in self._segments
-                ],
-            )
+            clipped = [(s, self._clip(s, s.subject_rows(tid)[0], self.lo_mono_ns, self.hi_mono_ns + 1)) for s in self._segments]
+            rows = Rows(self, clipped)
+            order = causal_order(rows.time, rows["cpu"], self._roles(tid, rows))
+            if (order[1:] < order[:-1]).any():
+                rows = rows.ordered(order)
+            self._subjects[tid] = rows
         return self._subjects[tid]
 
     def _roles(self, tid: int, rows: Rows) -> npt.NDArray[Any]:
