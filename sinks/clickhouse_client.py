@@ -8,15 +8,17 @@ import base64
 import http.client
 import re
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlencode, urlsplit
 
 import orjson
-import pyarrow as pa
 
 from events.errors import ConfigError, StoreError
 from events.settings import ClickHouseSettings
 from sinks.retry import RETRY_LIMIT_S, TransientError, retried
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = ["ClickHouseClient"]
 
@@ -68,14 +70,18 @@ class ClickHouseClient:
         answer = self.execute(f"{query} FORMAT JSONEachRow", parameters)
         return [orjson.loads(line) for line in answer.splitlines()]
 
-    def table(self, query: str, parameters: Parameters = _NONE) -> pa.Table:
+    def table(self, query: str, parameters: Parameters = _NONE) -> "pa.Table":
         """The result as an Arrow table."""
+        import pyarrow as pa
+
         answer = self.execute(f"{query} FORMAT ArrowStream", parameters)
         with pa.ipc.open_stream(pa.py_buffer(answer)) as reader:
             return reader.read_all()
 
-    def insert(self, table: str, batch: pa.RecordBatch, options: pa.ipc.IpcWriteOptions, token: str = "") -> None:
+    def insert(self, table: str, batch: "pa.RecordBatch", options: "pa.ipc.IpcWriteOptions", token: str = "") -> None:
         """Insert an Arrow batch; with a `token` the server drops it if it has seen the token before."""
+        import pyarrow as pa
+
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, batch.schema, options=options) as writer:
             writer.write_batch(batch)
