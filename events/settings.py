@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from events.errors import ConfigError
+from events.topics import DEADLETTER_TOPIC, EDGES_TOPIC, OPERATIONS_TOPIC, RAW_TOPIC, VERDICTS_TOPIC
 
 __all__ = [
     "ClickHouseSettings",
@@ -92,6 +93,16 @@ class FlowSettings(_Section):
     listen: str = "127.0.0.1:9465"
     recovery_dir: Path = Path(".kprobe/recovery")
     stop_at_end: bool = False  # end at the current end of the topics: for rebuilds and tests
+    on_gap: Literal["stop", "continue"] = "stop"  # messages that retention removed before they were read
+    stores: bool = True  # write verdicts, edges and operations to ClickHouse (and Neo4j): off, only topics are written
+    processes: int = Field(default=1, ge=1)  # partitions p with p mod processes == process are this process's
+    process: int = Field(default=0, ge=0)
+    max_batch_messages: int = Field(default=16, ge=1)
+    raw_topic: str = RAW_TOPIC
+    operations_topic: str = OPERATIONS_TOPIC
+    edges_topic: str = EDGES_TOPIC
+    verdicts_topic: str = VERDICTS_TOPIC
+    deadletter_topic: str = DEADLETTER_TOPIC
 
 
 class StackSettings(_Section):
