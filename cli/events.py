@@ -11,14 +11,12 @@ import typer
 
 from events.errors import InputError
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
-_EPILOG = """Examples:
-
+_EPILOG = """\b
+Examples:
   kprobe events run.kcap | head -50
-
   kprobe events run.kcap --tid 4821 --kind sched_switch --kind sched_waking
-
   kprobe events run.kcap --from 81234000000000 --to 81235000000000 --jsonl | jq -c '[.time_mono_ns, .kind, .fields]'
 
 Text columns: monotonic ns, CPU, thread id, name, kind, fields. Kinds and fields carry the kernel's tracepoint names.

@@ -10,14 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 _EPILOG = """A capture that was cut off (kill -9, full disk) is read up to its last whole frame.
 
+\b
 Examples:
-
   kprobe info run.kcap
-
   kprobe info run.kcap --json | jq .losses
 """
 _TASKS_SHOWN = 15
@@ -57,7 +56,7 @@ def _head(document: dict[str, Any]) -> list[str]:
         return [*lines, "no frames"]
     recording = document["recording"]
     session = recording["session"]
-    lines.append(f"node {recording['node']}, boot {recording['boot_id']}, kernel {session.get('kernel', 'unknown')}")
+    lines.append(f"node {recording['node']}, boot {recording['boot_id']}, kernel {_release(session)}")
     opened = datetime.fromtimestamp(clocks["opened"]["real_ns"] / 1e9, UTC)
     lines.append(f"recorded from {opened:%Y-%m-%d %H:%M:%S} UTC for {_seconds(clocks['opened'], clocks['closed'])}")
     if events:
@@ -66,6 +65,11 @@ def _head(document: dict[str, Any]) -> list[str]:
     if missing:
         lines.append(f"families not recorded: {', '.join(missing)}")
     return lines
+
+
+def _release(session: dict[str, Any]) -> str:
+    kernel = session.get("kernel", "unknown")
+    return str(kernel.get("release", "unknown") if isinstance(kernel, dict) else kernel)
 
 
 def _seconds(opened: dict[str, int], closed: dict[str, int]) -> str:
@@ -92,7 +96,8 @@ def _losses(document: dict[str, Any]) -> list[str]:
         cpu = "any" if row["cpu"] is None else row["cpu"]
         reason = f"{row['reason']} {row['family'] or ''}".strip()
         count = row["count"] or "unknown"
-        lines.append(f"  {cpu:>4}  {reason:<12} {count:>10}  {row['from_mono_ns']} .. {row['to_mono_ns']}")
+        until = "the end" if row["to_mono_ns"] is None else row["to_mono_ns"]
+        lines.append(f"  {cpu:>4}  {reason:<12} {count:>10}  {row['from_mono_ns']} .. {until}")
     return lines
 
 

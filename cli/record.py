@@ -7,6 +7,7 @@ records until Ctrl-C, SIGTERM or the end of `--duration`.
 Exit status: the command's own; without one 0, or 3 if evidence is incomplete. 1 and 2 as everywhere (nothing was run then).
 """
 
+import shutil
 import signal
 import sys
 import time
@@ -17,14 +18,14 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer()
+from events.errors import InputError
 
-_EPILOG = """Examples:
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
+_EPILOG = """\b
+Examples:
   kprobe record -o run.kcap -- ./settle --batch 7     one program and all its children
-
   kprobe record -o box.kcap --duration 30             everything on this machine for 30 s
-
   kprobe record -o pay.kcap --watch comm:'pay*'       all processes of that name, until Ctrl-C
 
 Then: kprobe info run.kcap; kprobe analyze run.kcap --operations operations.csv
@@ -75,17 +76,19 @@ def _begin(settings: Any, output: Path, watch: list[str] | None, duration: float
     from probe.source import KernelSource
     from probe.watch import Selector
 
+    if command and shutil.which(command[0]) is None:
+        raise InputError(f"cannot run {command[0]!r}: no such program; give a path, or a name that is in PATH")
     selectors = [Selector.parse(text) for text in watch or ([] if command else settings.probe.watch)]
     with ExitStack() as undo:
         child = PausedChild(command) if command else None
         if child is not None:
             undo.callback(child.abandon)
             selectors.append(Selector.parse(f"pid:{child.pid}"))
-        writer = CaptureWriter(output)
-        undo.callback(writer.abandon)
         source = KernelSource(settings.probe, selectors)
         undo.callback(source.close)
         source.open()
+        writer = CaptureWriter(output)  # last: an older capture of that name is only replaced by one that begins
+        undo.callback(writer.abandon)
         agent = Agent(source, _framer(settings), [CaptureOutput(writer)], settings.probe)
         stop = _until(agent, child, duration)
         if child is not None:

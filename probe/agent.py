@@ -78,7 +78,8 @@ class Summary:
     @property
     def incomplete(self) -> list[str]:
         """One sentence a reason."""
-        lost = [f"{n or 'some'} events lost ({reason})" for reason, n in sorted(self.lost.items())]
+        counted = {r: n for r, n in self.lost.items() if r not in ("shed", "detached")}  # the steps tell of those
+        lost = [f"{n or 'an unknown number of'} events lost ({reason})" for reason, n in sorted(counted.items())]
         return [*lost, *(f"{'shed ' + s.family if s.family else 'detached'}: {s.reason}" for s in self.steps)]
 
 
@@ -201,7 +202,7 @@ class Agent:
         self.ring.add(drained.columns, drained.losses)
         self._batch.add(drained, time.monotonic_ns())
         for row in drained.losses:
-            self.summary.lost[row["reason"]] += row["count"]
+            self.summary.lost[row["reason"]] += row["count"] or 0
         self._watermark = drained.watermark
         rows = len(drained.columns["time_mono_ns"])
         self.account.accepted += rows
@@ -279,7 +280,7 @@ class Agent:
             self._source.close()
             for output in self.outputs:
                 output.finish(_FINISH_TIMEOUT_S)
-                self.summary.lost += output.account.dropped
+                self.summary.lost.update(output.account.dropped)
             self._check(final=self.summary.error is None)
             for end in (self._wake_read, self._wake_write):
                 os.close(end)

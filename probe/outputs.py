@@ -66,8 +66,9 @@ class LossTally:
                 self._rows[key] = dict(row)
                 continue
             known["from_mono_ns"] = min(known["from_mono_ns"], row["from_mono_ns"])
-            known["to_mono_ns"] = max(known["to_mono_ns"], row["to_mono_ns"])
-            known["count"] += row["count"]
+            open_ended = known["to_mono_ns"] is None or row["to_mono_ns"] is None
+            known["to_mono_ns"] = None if open_ended else max(known["to_mono_ns"], row["to_mono_ns"])
+            known["count"] = (known["count"] or 0) + (row["count"] or 0)
             known["first_seq"] = known["last_seq"] = None  # no longer one run of numbers
 
     def take(self) -> list[dict[str, Any]]:

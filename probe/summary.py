@@ -137,7 +137,8 @@ def _lost(seen: _Collected) -> list[dict[str, Any]]:
         entry["count"] += row["count"] or 0
         entry["rows"] += 1
         entry["from_mono_ns"] = min(entry.get("from_mono_ns", row["from_mono_ns"]), row["from_mono_ns"])
-        entry["to_mono_ns"] = max(entry.get("to_mono_ns", row["to_mono_ns"]), row["to_mono_ns"])
+        until = entry.get("to_mono_ns", row["to_mono_ns"])
+        entry["to_mono_ns"] = None if until is None or row["to_mono_ns"] is None else max(until, row["to_mono_ns"])
     for cpu, missing in seen.ring.unexplained().items():
         merged[cpu, "unexplained", "file", None] = {
             "cpu": cpu,
