@@ -1,0 +1,212 @@
+"""Disk waits (D8): which request a thread waited for, what the device did meanwhile, and for whom.
+
+A request is a pair (issue, completion) of one request pointer on one device; pointers are reused, so the completion
+is the first one after the issue. Its submitter is whoever was current when its bio was queued (issue happens in
+kworkers too). A wait belongs to a request if the waiter submitted it and it completed within the wait, or if the very
+context that completed it did the wake-up.
+
+Within [queued, completed) the device's completions partition the time: the span in which another process's request
+was in service is `disk_contention` by that process, the rest is the device's own slowness (`disk_slow`). Time before
+a bio of a cgroup was let through by the throttling worker is `disk_throttle`: the waiter's own limit, no culprit.
+
+Can be fooled by: a device that serves many requests at once (the partition then charges the one that completed
+first), requests of a stacked device whose lower device is not recorded, and polling (no completion interrupt, same
+events).
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from causality.window import EventRef, Leaf, Piece, Rows, Wait, Who, Window, cover
+
+__all__ = ["Requests", "requests", "resolve_block", "service"]
+
+_WAKE_AFTER_NS: Final = 500_000  # a completion wakes its waiter at once; the bound covers an interrupted completion
+_ROOT_CGROUP: Final = 1  # kernfs id of the root of every hierarchy
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """All requests of a window as columns, ordered by completion (unfinished ones last, with complete = end of time)."""
+
+    device: npt.NDArray[Any]
+    queued: npt.NDArray[Any]  # when its bio was queued; the issue time where no bio is known (flushes)
+    inserted: npt.NDArray[Any]
+    issued: npt.NDArray[Any]
+    completed: npt.NDArray[Any]
+    tid: npt.NDArray[Any]  # submitter
+    tgid: npt.NDArray[Any]
+    cgroup_id: npt.NDArray[Any]  # of the bio
+    complete_cpu: npt.NDArray[Any]
+    complete_tid: npt.NDArray[Any]
+    operation: npt.NDArray[Any]  # REQ_OP: 0 read, 1 write, 2 flush
+    refs: list[tuple[EventRef, EventRef]]
+
+    def __len__(self) -> int:
+        return len(self.issued)
+
+
+_END: Final = np.iinfo(np.int64).max
+
+
+def _following(keys: npt.NDArray[Any], times: npt.NDArray[Any], of_key: Any, of_time: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Index of the first row with the same key at or after each (of_key, of_time); -1 if none."""
+    if not len(keys):
+        return np.full(len(of_time), -1)
+    order = np.lexsort((times, keys))
+    pairs = np.array(list(zip(keys[order].tolist(), times[order].tolist(), strict=True)), dtype=[("k", "u8"), ("t", "i8")])
+    wanted = np.empty(len(of_time), pairs.dtype)
+    wanted["k"], wanted["t"] = of_key, of_time
+    at = np.searchsorted(pairs, wanted, "left")
+    inside = at < len(pairs)
+    out = np.full(len(of_time), -1)
+    hit = np.flatnonzero(inside)
+    same = pairs["k"][at[hit]] == wanted["k"][hit]
+    out[hit[same]] = order[at[hit][same]]
+    return out
+
+
+def _preceding(keys: npt.NDArray[Any], times: npt.NDArray[Any], of_key: Any, of_time: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Index of the last row with the same key at or before each (of_key, of_time); -1 if none."""
+    if not len(keys):
+        return np.full(len(of_time), -1)
+    order = np.lexsort((times, keys))
+    pairs = np.array(list(zip(keys[order].tolist(), times[order].tolist(), strict=True)), dtype=[("k", "u8"), ("t", "i8")])
+    wanted = np.empty(len(of_time), pairs.dtype)
+    wanted["k"], wanted["t"] = of_key, of_time
+    at = np.searchsorted(pairs, wanted, "right") - 1
+    hit = np.flatnonzero(at >= 0)
+    same = pairs["k"][at[hit]] == wanted["k"][hit]
+    out = np.full(len(of_time), -1)
+    out[hit[same]] = order[at[hit][same]]
+    return out
+
+
+def requests(window: Window) -> Requests:
+    """The table of requests of a window (made once)."""
+    if "requests" not in window.memo:
+        window.memo["requests"] = _requests(window)
+    table: Requests = window.memo["requests"]
+    return table
+
+
+def _requests(window: Window) -> Requests:
+    issue, done = window.rows("block_rq_issue"), window.rows("block_rq_complete")
+    bio, insert = window.rows("block_bio_queue"), window.rows("block_rq_insert")
+    done_at = _following(done.get("rq"), done.time, issue.get("rq"), issue.time)
+    bio_at = _preceding(bio.get("bio"), bio.time, issue.get("bio"), issue.time)
+    bio_at = np.where(issue.get("bio") == 0, -1, bio_at)
+    insert_at = _preceding(insert.get("rq"), insert.time, issue.get("rq"), issue.time)
+    completed = _at(done.time, done_at, _END)
+    order = np.argsort(completed, kind="stable")
+
+    def ordered(values: Any) -> npt.NDArray[Any]:
+        return np.asarray(values)[order]
+
+    tid = np.where(bio_at >= 0, _at(bio.tid, bio_at, 0), issue.tid)
+    tgid = np.where(bio_at >= 0, _at(bio.tgid, bio_at, 0), issue.tgid)
+    return Requests(
+        device=ordered(issue.get("dev")),
+        queued=ordered(np.where(bio_at >= 0, _at(bio.time, bio_at, 0), issue.time)),
+        inserted=ordered(np.where(insert_at >= 0, _at(insert.time, insert_at, 0), issue.time)),
+        issued=ordered(issue.time),
+        completed=ordered(completed),
+        tid=ordered(tid),
+        tgid=ordered(tgid),
+        cgroup_id=ordered(np.where(bio_at >= 0, _at(bio.get("cgroup_id").astype(np.int64), bio_at, 0), 0)),
+        complete_cpu=ordered(_at(done.columns["cpu"].astype(np.int64), done_at, -1)),
+        complete_tid=ordered(_at(done.tid, done_at, -1)),
+        operation=ordered(issue.get("cmd_flags") & 0xFF),
+        refs=[_refs(issue, done, int(i), int(done_at[i])) for i in order],
+    )
+
+
+def _at(values: npt.NDArray[Any], index: npt.NDArray[Any], missing: int) -> npt.NDArray[Any]:
+    if not len(values):
+        return np.full(len(index), missing, np.int64)
+    return np.where(index >= 0, values[np.maximum(index, 0)], missing)
+
+
+def _refs(issue: Rows, done: Rows, i: int, j: int) -> tuple[EventRef, EventRef]:
+    return issue.ref(i), done.ref(j) if j >= 0 else issue.ref(i)
+
+
+def service(window: Window, mine: int, lo: int, hi: int, own: frozenset[int], label: str | None = None) -> list[Leaf]:
+    """Leaves over [lo, hi) of request `mine`: who was being served, by the completions on its device.
+
+    `own`: tgids that count as the waiter's own side. `label` overrides wait.disk.queue / wait.disk.device.
+    """
+    table = requests(window)
+    others = np.flatnonzero(
+        (table.device == table.device[mine]) & (table.completed > lo) & (table.completed <= table.completed[mine])
+        & (table.issued < hi)
+    )  # fmt: skip
+    leaves: list[Leaf] = []
+    at = lo
+    for i in others.tolist():
+        begin, end = max(at, int(table.issued[i])), min(hi, int(table.completed[i]))
+        if i == mine or int(table.tgid[i]) in own or end <= begin:
+            continue
+        leaves += _own(table, mine, at, begin, label)
+        culprit = Who(int(table.tid[i]), int(table.tgid[i]))
+        leaves += _piece(table, mine, begin, end, label, "disk_contention", culprit, table.refs[i])
+        at = end
+    return leaves + _own(table, mine, at, hi, label)
+
+
+def _own(table: Requests, mine: int, lo: int, hi: int, label: str | None) -> list[Leaf]:
+    return _piece(table, mine, lo, hi, label, "disk_slow", None, table.refs[mine])
+
+
+def _piece(
+    table: Requests, mine: int, lo: int, hi: int, label: str | None, kind: str, culprit: Who | None, refs: tuple[EventRef, ...]
+) -> list[Leaf]:
+    """One span, split where the request was issued: scheduler queue before, device after."""
+    if hi <= lo:
+        return []
+    if label is not None:
+        return [Leaf(lo, hi, label, kind, culprit, refs)]
+    cut = min(max(int(table.issued[mine]), lo), hi)
+    spans = ((lo, cut, "wait.disk.queue"), (cut, hi, "wait.disk.device"))
+    return [Leaf(a, b, name, kind, culprit, refs) for a, b, name in spans if b > a]
+
+
+def _mine(window: Window, wait: Wait) -> npt.NDArray[Any]:
+    """Indexes of the requests that this wait was for."""
+    table = requests(window)
+    wake = wait.wake
+    end = wake.time_mono_ns if wake is not None else wait.end_mono_ns
+    submitted = (table.tid == wait.who.tid) & (table.completed > wait.blocked_mono_ns) & (table.completed <= end)
+    submitted &= table.queued <= end
+    if wake is None:
+        return np.flatnonzero(submitted & (table.completed < _END))
+    by_waker = (table.complete_cpu == wake.cpu) & (table.complete_tid == wake.waker.tid)
+    by_waker &= (table.completed <= end) & (table.completed >= end - _WAKE_AFTER_NS) & (table.queued < end)
+    if not by_waker.any():
+        return np.empty(0, np.int64)
+    if (submitted & by_waker).any():
+        return np.flatnonzero(submitted)
+    return np.flatnonzero(by_waker)[-1:]
+
+
+def resolve_block(window: Window, wait: Wait) -> list[Piece]:
+    """The pieces of a wait for the disk, or nothing if no request explains it."""
+    table = requests(window)
+    mine = _mine(window, wait)
+    pieces: list[Piece] = []
+    at = wait.start_mono_ns
+    for i in mine.tolist():
+        queued, end = int(table.queued[i]), min(int(table.completed[i]), wait.end_mono_ns)
+        throttled = int(table.tid[i]) != wait.who.tid and int(table.cgroup_id[i]) > _ROOT_CGROUP and queued > at
+        if throttled:
+            until = min(queued, wait.end_mono_ns)
+            pieces.append(Leaf(at, until, "wait.disk.queue", "disk_throttle", None, table.refs[i]))
+            at = until
+        pieces += service(window, i, at, end, frozenset((wait.who.tgid,)))
+        at = max(at, end)
+    if not pieces:
+        return []
+    return cover(pieces, wait.start_mono_ns, wait.end_mono_ns, "wait.disk.device", "disk_slow")

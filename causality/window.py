@@ -1,0 +1,195 @@
+"""What the mechanism resolvers see of the events, and what they answer. Pure: columns in, pieces out.
+
+`Window` gives the rows of one kind within a span of time, in total order, from sorted segments
+(`causality.log.Segment`). `Wait` is one blocked interval of one thread as the engine knows it: when, in which state,
+who or what ended it. A resolver (`causality.block`, `journal`, `memory`, `network`) answers with pieces that cover
+the interval exactly, in time order, or with an empty list if its mechanism has no part in it. A piece is a `Leaf` (a
+label, a cause kind, perhaps a culprit: the walk ends here) or a `Follow` (the interval was spent waiting for that
+task: the walk goes on there, clipped to the piece).
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from causality.log import Segment
+from events.kinds import BY_NAME, Kind
+
+__all__ = ["EventRef", "Follow", "Leaf", "Piece", "Rows", "Wait", "Wake", "Who", "Window", "cover"]
+
+EventRef = tuple[int, int]  # (cpu, seq): with node and boot id the event's name
+_HEAD: Final = ("time_mono_ns", "cpu", "seq", "tgid", "tid", "a0", "a1", "a2", "a3", "a4")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Who:
+    """A thread as an event names it; the engine knows which life of the tid was meant at that time."""
+
+    tid: int
+    tgid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """The event that ended a wait. `waker` is who was current; `in_irq` whether an interrupt's frame was on top."""
+
+    time_mono_ns: int
+    cpu: int
+    seq: int
+    waker: Who
+    waker_comm: str = ""
+    in_irq: bool = False
+
+    @property
+    def ref(self) -> EventRef:
+        """The event's name."""
+        return self.cpu, self.seq
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """[start, end) of `who` blocked, clipped to what is being explained; `blocked_mono_ns` is where it truly began."""
+
+    who: Who
+    start_mono_ns: int
+    end_mono_ns: int
+    blocked_mono_ns: int
+    state: int = 1  # prev_state of the switch that began it
+    wake: Wake | None = None
+    syscall: int | None = None  # number of the system call it sits in
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """The wait ends in this mechanism."""
+
+    start_mono_ns: int
+    end_mono_ns: int
+    label: str
+    kind: str
+    culprit: Who | None = None
+    evidence: tuple[EventRef, ...] = ()
+    confidence: str = "exact"
+
+
+@dataclass(frozen=True, slots=True)
+class Follow:
+    """The wait was for this task: explain what it did in this span."""
+
+    start_mono_ns: int
+    end_mono_ns: int
+    task: Who
+    label: str
+    edge: str
+    evidence: tuple[EventRef, ...] = ()
+    confidence: str = "exact"
+
+
+Piece = Leaf | Follow
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of one kind, in total order."""
+
+    kind: Kind
+    columns: dict[str, npt.NDArray[Any]]
+
+    def __len__(self) -> int:
+        return len(self.columns["time_mono_ns"])
+
+    @property
+    def time(self) -> npt.NDArray[np.int64]:
+        """Times, CLOCK_MONOTONIC."""
+        return self.columns["time_mono_ns"]
+
+    @property
+    def tid(self) -> npt.NDArray[np.int64]:
+        """Current's thread id."""
+        return self.columns["tid"].astype(np.int64)
+
+    @property
+    def tgid(self) -> npt.NDArray[np.int64]:
+        """Current's process id."""
+        return self.columns["tgid"].astype(np.int64)
+
+    def get(self, field: str) -> npt.NDArray[Any]:
+        """A field of all rows."""
+        return self.kind.get(self.columns, field)
+
+    def take(self, chosen: npt.NDArray[Any]) -> "Rows":
+        """The rows of a mask or of indexes."""
+        return Rows(self.kind, {n: c[chosen] for n, c in self.columns.items()})
+
+    def between(self, from_mono_ns: int, to_mono_ns: int) -> "Rows":
+        """The rows with from <= time <= to."""
+        low = int(np.searchsorted(self.time, from_mono_ns, "left"))
+        high = int(np.searchsorted(self.time, to_mono_ns, "right"))
+        return Rows(self.kind, {n: c[low:high] for n, c in self.columns.items()})
+
+    def who(self, i: int) -> Who:
+        """Current of row `i`."""
+        return Who(int(self.columns["tid"][i]), int(self.columns["tgid"][i]))
+
+    def ref(self, i: int) -> EventRef:
+        """The name of row `i`."""
+        return int(self.columns["cpu"][i]), int(self.columns["seq"][i])
+
+
+class Window:
+    """Events of [from, to] by kind; each kind is cut out once, when first asked for."""
+
+    def __init__(self, segments: Iterable[Segment], from_mono_ns: int, to_mono_ns: int) -> None:
+        self.from_mono_ns, self.to_mono_ns = from_mono_ns, to_mono_ns
+        self._segments = [s for s in segments if len(s) and s.last_mono_ns >= from_mono_ns and s.first_mono_ns <= to_mono_ns]
+        self._rows: dict[str, Rows] = {}
+        self.memo: dict[str, Any] = {}  # tables that resolvers derive from a window, by name
+
+    def rows(self, kind: str) -> Rows:
+        """All rows of one kind in the window."""
+        if kind not in self._rows:
+            parts = [self._cut(s, BY_NAME[kind].number) for s in self._segments]
+            columns = {n: np.concatenate([p[n] for p in parts]) if parts else np.empty(0, np.uint64) for n in _HEAD}
+            columns["time_mono_ns"] = columns["time_mono_ns"].astype(np.int64)
+            self._rows[kind] = Rows(BY_NAME[kind], columns)
+        return self._rows[kind]
+
+    def _cut(self, segment: Segment, number: int) -> dict[str, npt.NDArray[Any]]:
+        rows = segment.rows_of_kind(number)
+        times = segment.time[rows]
+        low = np.searchsorted(times, self.from_mono_ns, "left")
+        high = np.searchsorted(times, self.to_mono_ns, "right")
+        return {n: segment.columns[n][rows[low:high]] for n in _HEAD}
+
+    def last_of(self, kind: str, who_tid: int, before_mono_ns: int) -> tuple[Rows, int] | None:
+        """The last row of a kind with this current thread at or before a time: (rows, index), or None."""
+        rows = self.rows(kind)
+        high = int(np.searchsorted(rows.time, before_mono_ns, "right"))
+        found = np.flatnonzero(rows.columns["tid"][:high] == who_tid)
+        return (rows, int(found[-1])) if len(found) else None
+
+
+def cover(pieces: Sequence[Piece], start_mono_ns: int, end_mono_ns: int, label: str, kind: str) -> list[Piece]:
+    """`pieces` clipped to [start, end), in order, overlaps given to the earlier piece, holes filled with a leaf of `label`."""
+    out: list[Piece] = []
+    at = start_mono_ns
+    for piece in sorted(pieces, key=lambda p: (p.start_mono_ns, p.end_mono_ns)):
+        low, high = max(piece.start_mono_ns, at), min(piece.end_mono_ns, end_mono_ns)
+        if high <= low:
+            continue
+        if low > at:
+            out.append(Leaf(at, low, label, kind))
+        out.append(_moved(piece, low, high))
+        at = high
+    if at < end_mono_ns:
+        out.append(Leaf(at, end_mono_ns, label, kind))
+    return out
+
+
+def _moved(piece: Piece, low: int, high: int) -> Piece:
+    if isinstance(piece, Leaf):
+        return Leaf(low, high, piece.label, piece.kind, piece.culprit, piece.evidence, piece.confidence)
+    return Follow(low, high, piece.task, piece.label, piece.edge, piece.evidence, piece.confidence)
