@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -77,6 +77,10 @@ Columns = dict[str, npt.NDArray[Any]]
 Row = dict[str, Any]
 
 
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Drained:
     """What happened since the last drain. `tasks` and `losses` are rows with the columns of events.records."""
@@ -94,7 +98,8 @@ class KernelSource:
         self._settings = settings
         self._watch = tuple(watch) or (Selector("all"),)
         self._exclude = frozenset(exclude)
-        self._opened = self._closed = False
+        self._closed = False
+        self._open_parts: list[_Closable] = []  # what `open` made, to be closed in the opposite order
         self._counts = np.zeros(256, np.int64)
         self._refused_total = 0
         self._shed_rows: list[Row] = []
@@ -110,14 +115,14 @@ class KernelSource:
         self._cgroups = CgroupTable(self._hierarchy)
         self._programs = ProgramSet(KernelTypes(), self._hierarchy, frozenset(self._settings.families_off))
         self._maps = Maps(cpus, round_ring_bytes(self._settings.ring_bytes_per_cpu))
+        self._open_parts.append(self._maps)
         try:
-            self._programs.load(self._maps)
             self._map_rings(cpus)
+            self._programs.load(self._maps)
             self._begin()
         except BaseException:
             self.close()
             raise
-        self._opened = True
 
     def _map_rings(self, cpus: int) -> None:
         self._table = WatchTable(self._maps.fds["pids"])
@@ -126,6 +131,7 @@ class KernelSource:
         self._state = np.frombuffer(self._maps.state, np.uint64).reshape(-1, _STATE_WORDS)
         self._ledgers = [CpuLedger(cpu) for cpu in range(cpus)]
         self._text_counts = np.zeros(3, np.int64)
+        self._open_parts += [self._table, *self._rings, self._text, self._programs]
 
     def _begin(self) -> None:
         self._cgroups.scan()
@@ -186,7 +192,7 @@ class KernelSource:
         return roots
 
     def watch_process(self, pid: int) -> None:
-        """Watch one more process and all it will fork: a child held before its exec (probe.watch.HeldChild)."""
+        """Watch one more process and all it will fork: a child held before its exec."""
         self._table.watch(pid)
 
     def exclude_process(self, pid: int) -> None:
@@ -209,13 +215,9 @@ class KernelSource:
         if self._closed:
             return
         self._closed = True
-        self._programs.close()
-        self._state = None  # type: ignore[assignment]  # its memory is about to be unmapped
-        for name in ("_rings", "_text", "_table"):
-            part = getattr(self, name, None)
-            for one in part if isinstance(part, list) else [part] if part else []:
-                one.close()
-        self._maps.close()
+        self._state = np.empty((0, _STATE_WORDS), np.uint64)  # the memory below it is about to be unmapped
+        while self._open_parts:
+            self._open_parts.pop().close()
 
     # --- reading
 

@@ -1,4 +1,4 @@
-"""What is watched: selectors, the table of processes in the kernel, and children that wait to be watched before they run.
+"""What is watched: selectors, and the table of processes that the kernel side keeps.
 
 What: `Selector` is one `--watch` argument (`pid:N`, `comm:GLOB`, `cgroup:PATH`, `container:ID`, `port:N`, `all`). `WatchTable`
 is one byte a process id, shared with the BPF programs through memory: bit 0 watched, bit 1 observer (kprobe itself, and the
@@ -15,19 +15,16 @@ Fails: InputError for a selector that is none, naming it and the forms there are
 import contextlib
 import fnmatch
 import mmap
-import os
 import re
-import signal
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final
 
-from events.errors import InputError, ProbeError
+from events.errors import InputError
 from events.records import FLAG_OBSERVER, FLAG_WATCHED
 
-__all__ = ["PIDS_MAX", "HeldChild", "Selector", "WatchTable", "descendants", "glob_masks", "pids_of_port"]
+__all__ = ["PIDS_MAX", "Selector", "WatchTable", "descendants", "glob_masks", "pids_of_port"]
 
 PIDS_MAX: Final = 4 << 20  # PID_MAX_LIMIT of every 64-bit kernel
 _FORMS: Final = "pid:N, comm:GLOB, cgroup:PATH, container:ID, port:N or all"
@@ -156,74 +153,3 @@ def _holds(folder: Path, links: set[str]) -> bool:
             if str(entry.readlink()) in links:
                 return True
     return False
-
-
-class HeldChild:
-    """A command that has been forked but waits, before its exec, until it is released.
-
-    Between the two its process id can be put into the watch set, so that not even its exec is missed.
-    """
-
-    def __init__(self, command: Sequence[str], prepare: Callable[[], None] | None = None) -> None:
-        gate_read, self._gate = os.pipe()
-        self._report, report_write = os.pipe()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.command = list(command)
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.close(self._gate)
-            _run_child(self.command, gate_read, report_write, prepare)
-        os.close(gate_read)
-        os.close(report_write)
-
-    def release(self) -> None:
-        """Let the command begin. Raises InputError if it cannot be executed."""
-        os.write(self._gate, b"1")
-        os.close(self._gate)
-        with os.fdopen(self._report, "rb") as report:
-            answer = report.read()
-        if answer:
-            os.waitpid(self.pid, 0)
-            reason = os.strerror(int(answer))
-            raise InputError(f"cannot run {self.command[0]!r}: {reason}")
-
-    def poll(self) -> int | None:
-        """The exit status if the command has ended (128 + N for signal N), else None."""
-        pid, status = os.waitpid(self.pid, os.WNOHANG)
-        return self._code(status) if pid else None
-
-    def wait(self) -> int:
-        """Wait for the end; as `poll`."""
-        return self._code(os.waitpid(self.pid, 0)[1])
-
-    @staticmethod
-    def _code(status: int) -> int:
-        code = os.waitstatus_to_exitcode(status)
-        return code if code >= 0 else 128 - code
-
-    def abandon(self) -> None:
-        """End a child that was never released."""
-        try:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-        except OSError as error:
-            raise ProbeError(f"cannot end the held child {self.pid}: {error.strerror}") from error
-        os.close(self._gate)
-        os.close(self._report)
-
-
-def _run_child(command: list[str], gate: int, report: int, prepare: Callable[[], None] | None) -> NoReturn:
-    """The child's side: wait for the gate, then become the command. An empty read means that the parent is gone."""
-    try:
-        if os.read(gate, 1):
-            if prepare:
-                prepare()
-            # Python ignores SIGPIPE; the command must not inherit that
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            os.execvp(command[0], command)
-    except OSError as error:
-        os.write(report, str(error.errno).encode())
-    finally:
-        os._exit(127)
