@@ -6,7 +6,8 @@ each defining event to the next, half-open, integer ns. The rules:
 - switched in: running. Switched out by preemption, or with a runnable state: runnable. Switched out otherwise: blocked.
 - The first sched_waking after that ends the blocked time: its current is the waker. A wake of a thread that is not blocked
   changes nothing, with one exception: a wake may race with the thread's way to sleep, and its event then stands *before* the
-  switch-out. It is the wake of that sleep if the thread is next enqueued or run without any other wake (zero-length blocked).
+  switch-out. It is the wake of that sleep if the thread is next enqueued or run without any other wake (zero-length blocked),
+  and never if it was enqueued before the switch-out: then the wake found it awake.
 - sched_wakeup stands in for a sched_waking that is missing. Neither: from the switch-out on, the state is unknown.
 - A thread switched out that is not known to run, or run while it is blocked without a wake: unknown in between, never guessed.
 - A thread switched in while it runs elsewhere: the older run ends there.
@@ -132,7 +133,9 @@ def _wakes(changes: Changes, index: Array, d: Array, follow: Array, is_open: Arr
     before = np.concatenate(([-1], d[:-1])) if len(d) else d
     was_in = np.concatenate(([False], (role[d[:-1]] == IN) & (follow[:-1] == d[1:]))) if len(d) else blocked
     last_wake = np.append(_last_before(waking, index), -1)[d - 1] if len(d) else d
-    early = np.where(was_in & (last_wake > before) & (d > 0), last_wake, -1)
+    # Enqueued before it left the CPU: the wake found it still on the run queue, and it did not go to sleep then.
+    enqueued_early = np.append(_last_before(enqueued, index), -1)[d - 1] if len(d) else d
+    early = np.where(was_in & (last_wake > before) & (enqueued_early < last_wake) & (d > 0), last_wake, -1)
     ran_next = ~is_open & (np.append(role, OUT)[np.minimum(follow, n)] == IN)
     woken_first = (first_wake < n) & (first_wake < first_enqueue)
     other = np.where(first_enqueue < n, first_enqueue, -1)
