@@ -43,7 +43,7 @@ import orjson
 
 from stack.clickhouse_codec import CodecError, choose_encoding, decode, decode_blocks, encode, encode_blocks
 from stack.clickhouse_engine import SESSION_TIMEOUT_MAX_S, STREAMABLE, Answer, Connection, Engine, EngineError
-from stack.clickhouse_sql import inline_insert, output_format, quote_name
+from stack.clickhouse_sql import inline_insert, is_select, output_format, quote_name
 
 __all__ = ["Server", "http_status", "main"]
 
@@ -312,7 +312,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(request, answer, "", began)
             return
         result_format = output_format(text) or request.default_format or "TabSeparated"
-        if kind == "READ_ONLY" and result_format in STREAMABLE and not request.flag("wait_end_of_query"):
+        if result_format in STREAMABLE and is_select(text) and not request.flag("wait_end_of_query"):
             self._stream(request, connection.stream(text, result_format), result_format, began)
         else:
             self._answer(request, connection.query(text, result_format), result_format, began)

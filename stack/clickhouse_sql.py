@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["InlineInsert", "inline_insert", "output_format", "quote", "quote_name"]
+__all__ = ["InlineInsert", "inline_insert", "is_select", "output_format", "quote", "quote_name"]
 
 _TOKEN: Final = re.compile(
     rb"""(?P<space>\s+|--[^\n]*|\#[ !][^\n]*|/\*.*?\*/)
@@ -75,6 +75,12 @@ def inline_insert(text: bytes) -> InlineInsert | None:
 def _is_subquery(text: bytes, start: int) -> bool:
     first = next(_tokens(text, start), None)
     return first is not None and first[1].upper() in (b"SELECT", b"WITH")
+
+
+def is_select(text: bytes) -> bool:
+    """Whether this is a SELECT; the engine streams the results of no other query."""
+    first = next(_tokens(text), None)
+    return first is not None and first[1].upper() in (b"SELECT", b"WITH", b"(")
 
 
 def output_format(text: bytes) -> str:

@@ -7,7 +7,7 @@ CREATE TABLE IF NOT EXISTS kernel_events
     node         LowCardinality(String) CODEC(ZSTD(1)),
     boot_id      LowCardinality(String) CODEC(ZSTD(1)),
     time_mono_ns Int64 CODEC(Delta, ZSTD(1)),
-    seq          UInt64 CODEC(Delta, ZSTD(1)),
+    seq          UInt64 CODEC(DoubleDelta, ZSTD(1)),
     cpu          UInt16 CODEC(ZSTD(1)),
     kind         UInt8 CODEC(ZSTD(1)),
     flags        UInt8 CODEC(ZSTD(1)),
@@ -16,7 +16,7 @@ CREATE TABLE IF NOT EXISTS kernel_events
     a0           UInt64 CODEC(ZSTD(1)),
     a1           UInt64 CODEC(ZSTD(1)),
     a2           UInt64 CODEC(ZSTD(1)),
-    a3           UInt64 CODEC(ZSTD(1)),
+    a3           UInt64 CODEC(Delta, ZSTD(1)),
     a4           UInt64 CODEC(ZSTD(1))
 )
 ENGINE = ReplacingMergeTree
