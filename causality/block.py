@@ -20,9 +20,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from causality.window import EventRef, Leaf, Piece, Rows, Wait, Who, Window, cover
+from causality import timeline as view
+from causality.window import EventRef, Leaf, Piece, Rows, Wait, Who, Window, adapt, cover
 
-__all__ = ["Requests", "requests", "resolve_block", "service"]
+__all__ = ["Requests", "requests", "resolve", "resolve_block", "service"]
 
 _WAKE_AFTER_NS: Final = 500_000  # a completion wakes its waiter at once; the bound covers an interrupted completion
 _ROOT_CGROUP: Final = 1  # kernfs id of the root of every hierarchy
@@ -210,3 +211,8 @@ def resolve_block(window: Window, wait: Wait) -> list[Piece]:
     if not pieces:
         return []
     return cover(pieces, wait.start_mono_ns, wait.end_mono_ns, "wait.disk.device", "disk_slow")
+
+
+def resolve(timeline: view.Timeline, wait: view.Wait) -> list[view.Piece] | None:
+    """The engine's question; see `causality.timeline`."""
+    return adapt(resolve_block, timeline, wait)

@@ -17,10 +17,11 @@ from typing import Any, Final
 
 import numpy as np
 
+from causality import timeline as view
 from causality.block import requests, service
-from causality.window import EventRef, Leaf, Piece, Rows, Wait, Who, Window, cover
+from causality.window import EventRef, Leaf, Piece, Rows, Wait, Who, Window, adapt, cover
 
-__all__ = ["Commit", "commits", "resolve_dirty", "resolve_journal"]
+__all__ = ["Commit", "commits", "resolve", "resolve_dirty", "resolve_journal"]
 
 _JOURNAL_THREAD: Final = "jbd2/"
 _DIRTY_LOOKBACK_NS: Final = 2_000_000_000
@@ -100,13 +101,11 @@ def resolve_journal(window: Window, wait: Wait) -> list[Piece]:
         at = max(at, end)
     if not pieces:
         return []
-    return cover(
-        pieces, wait.start_mono_ns, wait.end_mono_ns, "wait.journal", pieces[-1].kind if _leaf(pieces) else "disk_slow"
-    )
+    return cover(pieces, wait.start_mono_ns, wait.end_mono_ns, "wait.journal", _kind_of(pieces[-1]))
 
 
-def _leaf(pieces: list[Piece]) -> bool:
-    return isinstance(pieces[-1], Leaf)
+def _kind_of(piece: Piece) -> str:
+    return piece.kind if isinstance(piece, Leaf) else "disk_slow"
 
 
 def _open_commit(window: Window, thread: Who, before_mono_ns: int) -> Commit | None:
@@ -181,3 +180,12 @@ def _dirtier(rows: Rows, i: int, wait: Wait) -> Who | None:
     if not others or sum(others.values()) <= mine:
         return None
     return max(others, key=lambda who: (others[who], -who.tid))
+
+
+def _journal_or_dirty(window: Window, wait: Wait) -> list[Piece]:
+    return resolve_dirty(window, wait) or resolve_journal(window, wait)
+
+
+def resolve(timeline: view.Timeline, wait: view.Wait) -> list[view.Piece] | None:
+    """The engine's question; see `causality.timeline`."""
+    return adapt(_journal_or_dirty, timeline, wait)

@@ -17,9 +17,10 @@ from typing import Final
 
 import numpy as np
 
-from causality.window import EventRef, Follow, Leaf, Piece, Rows, Wait, Who, Window, cover
+from causality import timeline as view
+from causality.window import EventRef, Follow, Leaf, Piece, Rows, Wait, Who, Window, adapt, cover
 
-__all__ = ["Flow", "Packet", "peer_of", "received_before", "resolve_network", "sender_of", "sent_by"]
+__all__ = ["Flow", "Packet", "peer_of", "received_before", "resolve", "resolve_network", "sender_of", "sent_by"]
 
 _RX_TO_WAKE_NS: Final = 2_000_000  # receive softirq to wake-up, on one CPU, other packets of the batch in between
 _TX_TO_RX_NS: Final = 1_000_000_000  # a buffer may wait in a backlog or a queue discipline
@@ -192,3 +193,8 @@ def _unanswered(window: Window, wait: Wait) -> list[Piece]:
         return _with_losses(losses, [Leaf(lo, hi, "wait.net", "net_peer", None, (sent.ref,), "inferred")], lo, hi)
     who, waking = peer
     return _with_losses(losses, [Follow(lo, hi, who, "wait.net", "net", (sent.ref, waking), "inferred")], lo, hi)
+
+
+def resolve(timeline: view.Timeline, wait: view.Wait) -> list[view.Piece] | None:
+    """The engine's question; see `causality.timeline`."""
+    return adapt(resolve_network, timeline, wait)

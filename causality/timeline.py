@@ -3,7 +3,7 @@
 A `Timeline` is a read-only view of the sealed events at or before the end of one operation, and not older than its look-back.
 It is all that inference sees, so a verdict depends on nothing else. Times are integer ns of CLOCK_MONOTONIC, windows half-open.
 
-For writers of mechanism resolvers (`block`, `journal`, `memory`, `network`, `failures`):
+The questions:
 
     timeline.kind("block_rq_issue", start, end)       rows of a kind in [start, end); `Rows.get("rq")` gives a field
     timeline.matching("block_rq_complete", "rq", ptr, start, end)   rows whose field has a value (a pointer, an inode)
@@ -17,15 +17,7 @@ For writers of mechanism resolvers (`block`, `journal`, `memory`, `network`, `fa
     timeline.losses(start, end)                       [Loss]
     timeline.session                                  body of the session frame (families, capabilities, ...)
 
-The seam. For a blocked interval the engine builds a `Wait` and hands it to the resolvers in the order of `engine.RESOLVERS`. A
-resolver is `resolve(timeline, wait) -> list[Piece] | None`: pieces within [wait.start_mono_ns, wait.end_mono_ns), disjoint,
-each with a ledger label and, if it knows it, culprit and cause kind. What a resolver leaves uncovered goes to the next one,
-and at last to the walk through the waker. A piece with `follow` says "the thread waited for that thread here": the engine
-explains that part by what that thread was doing (its own blocked intervals go through the same resolvers), under the piece's
-label and edge.
-
-`brackets(timeline, key, start, end) -> list[Piece]` (optional) labels parts of *running* time (run.fault, run.reclaim).
-`findings(timeline, operation, key, start, end) -> list[Finding]` (optional) names causes of a failed operation.
+Mechanism resolvers (`block`, `journal`, `memory`, `network`) are written against the smaller `causality.window`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -39,10 +31,11 @@ from causality.log import FORK, IN, MIGRATE, NEW, OUT, WAKEUP, WAKING, Segment
 from causality.states import BLOCKED, RUNNABLE, RUNNING, STATE_NAMES, UNKNOWN, Changes, causal_order, derive
 from causality.tasks import Task, TaskTable
 from events.kinds import BY_NAME, BY_NUMBER
+from events.records import FLAG_HARDIRQ, FLAG_SOFTIRQ, UNKNOWN_TID
 
 __all__ = [
-    "BLOCKED", "RUNNABLE", "RUNNING", "UNKNOWN", "Finding", "Interval", "IrqFrame", "Loss", "Occupant", "Piece", "Rows",
-    "Syscall", "Timeline", "Wait", "Wake",
+    "BLOCKED", "RUNNABLE", "RUNNING", "UNKNOWN", "Interval", "IrqFrame", "Key", "Loss", "Occupant", "Rows", "Syscall",
+    "Timeline", "Wake",
 ]  # fmt: skip
 
 Key = tuple[int, int]
@@ -102,6 +95,7 @@ class Interval:
     inferred: bool = False
     places: tuple[tuple[int, int], ...] = ()  # (from time, queue CPU) of a runnable interval
     unplaced: bool = False
+    role: int = -1  # of the event that begins it (`log.IN`, `OUT`, `WAKING`, ...)
 
     @property
     def state_name(self) -> str:
@@ -148,52 +142,6 @@ class Syscall:
     ret: int | None
     evidence: tuple[str, ...]
     futex: Mapping[str, int] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """A blocked interval of `task` as the engine hands it to resolvers; clipped to what is asked for."""
-
-    task: Task
-    start_mono_ns: int
-    end_mono_ns: int
-    prev_state: int
-    wake: Wake | None
-    syscall: Syscall | None
-    evidence: tuple[str, ...]
-    open: bool = False
-    blocked_mono_ns: int = 0  # when it really began: at or before start_mono_ns
-    victim: bool = True  # the operation's own thread (False: a thread somebody waits for)
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A labelled part of a wait or of running time."""
-
-    start_mono_ns: int
-    end_mono_ns: int
-    label: str
-    kind: str | None = None  # cause kind of interface section 3; None: left to the engine
-    culprit: Task | None = None
-    via: tuple[Task, ...] = ()
-    edge: str = "waits"
-    follow: Key | None = None
-    evidence: tuple[str, ...] = ()
-    confidence: str = "exact"
-    culprits: tuple[tuple[Task, int], ...] = ()  # several, with ns
-    text: str = ""  # a few words for the sentence, e.g. "fsync on vda"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """A cause of failure that a module found."""
-
-    kind: str
-    culprit: Task | None
-    evidence: tuple[str, ...]
-    confidence: str = "exact"
-    chain: tuple[tuple[str, Task, Task], ...] = ()  # (edge, from, to)
-    text: str = ""
 
 
 class Rows:
@@ -322,6 +270,11 @@ class Timeline:
         self._ids = f"{node}/{boot_id}/"
 
     # --- rows
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The sealed events that the view cuts from (they may reach beyond it)."""
+        return self._segments
 
     def event_id(self, cpu: int, seq: int) -> str:
         """Evidence id of an event."""
@@ -568,7 +521,7 @@ class Timeline:
                 Interval(
                     start, end, state, int(places[-1][1] if places else target[cause]), (rows.id(cause),),
                     prev_state=int(prev_state[cause]) if roles[cause] == OUT else 0, wake=wake, open=is_open,
-                    throttled=throttled, places=places, unplaced=unplaced,
+                    throttled=throttled, places=places, unplaced=unplaced, role=int(roles[cause]),
                 )
             )
         return result
@@ -578,7 +531,9 @@ class Timeline:
         first, begin = int(rows.time[0]), self.proven_mono_ns
         role = int(roles[0])
         if begin is None or first <= begin or role in (FORK, MIGRATE, NEW):
-            return []
+            # Whatever was before: a thread that is woken can run from then on, unless it is switched out next.
+            woken = role in (WAKING, NEW) and OUT not in roles[np.isin(roles, (IN, OUT, FORK))][:1]
+            return self._after_first_wake(rows, roles, target, RUNNABLE, first) if woken else []
         state = {IN: RUNNABLE, OUT: RUNNING, WAKING: BLOCKED, WAKEUP: UNKNOWN}[role]
         wake = self._wake(rows, 0) if state == BLOCKED else None
         places = ((begin, int(target[0])),) if state == RUNNABLE else ()
@@ -650,10 +605,13 @@ class Timeline:
     def _wake(self, rows: Rows, i: int) -> Wake:
         tid, time, cpu = int(rows["tid"][i]), int(rows.time[i]), int(rows["cpu"][i])
         frames, certain = self.context(cpu, time, int(rows["seq"][i]))
-        waker = (tid, 0) if tid == 0 else self.task_at(tid, time)
+        names = tuple(f.name for f in frames)
+        if not names and int(rows["flags"][i]) & (FLAG_HARDIRQ | FLAG_SOFTIRQ):
+            names = ("hardirq",) if int(rows["flags"][i]) & FLAG_HARDIRQ else ("softirq",)
+        waker = (tid, 0) if tid in (0, UNKNOWN_TID) else self.task_at(tid, time)
         self._tgids.setdefault(waker, int(rows["tgid"][i]))
         return Wake(
-            time, waker, cpu, tuple(f.name for f in frames), (rows.id(i),),
+            time, waker, cpu, names, (rows.id(i),),
             exact=int(rows["kind"][i]) != BY_NAME["sched_wakeup"].number, certain=certain,
         )  # fmt: skip
 
