@@ -20,8 +20,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from causality import timeline as view
-from causality.window import EventRef, Leaf, Piece, Rows, Wait, Who, Window, adapt, cover
+from causality.window import EventRef, Leaf, Piece, Rows, Wait, Who, Window, cover
 
 __all__ = ["Requests", "requests", "resolve", "resolve_block", "service"]
 
@@ -211,8 +210,3 @@ def resolve_block(window: Window, wait: Wait) -> list[Piece]:
     if not pieces:
         return []
     return cover(pieces, wait.start_mono_ns, wait.end_mono_ns, "wait.disk.device", "disk_slow")
-
-
-def resolve(timeline: view.Timeline, wait: view.Wait) -> list[view.Piece] | None:
-    """The engine's question; see `causality.timeline`."""
-    return adapt(resolve_block, timeline, wait)

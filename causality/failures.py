@@ -15,9 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from causality import timeline as view
-from causality.operations import Operation
-from causality.window import EventRef, Rows, Who, Window, events_of, task_of
+from causality.window import EventRef, Rows, Who, Window
 
 __all__ = ["Failure", "failure_of", "findings", "resolve", "stopper_of"]
 
@@ -29,7 +27,6 @@ _IO_ERRORS: Final = {5, 6, 19, 27, 28, 30, 74, 75, 117, 121, 122}  # EIO, ENXIO,
 _SOCKET: Final = 1
 _READS: Final = {0, 19, 45, 47, 299}  # read, readv, recvfrom, recvmsg, recvmmsg
 _END_TO_EXIT_NS: Final = 50_000_000  # an exit's FIN may leave before or after the exit is told
-_EDGES: Final = {"killed_signal": "signal", "killed_oom": "oom", "net_reset": "reset", "peer_exited": "exit"}
 _FAMILY_UNREACHED: Final = {111, 113, 101}  # ECONNREFUSED, EHOSTUNREACH, ENETUNREACH
 
 
@@ -166,36 +163,3 @@ def _flows(sent: Rows, who: Who, before: int) -> set[tuple[int, int]]:
 def _exited(window: Window, who: Who, near: int) -> bool:
     rows = window.rows("sched_process_exit").between(near - _END_TO_EXIT_NS, near + _END_TO_EXIT_NS)
     return bool((rows.columns["tgid"] == who.tgid).any())
-
-
-_STOPPED_STATES: Final = 4 | 8  # __TASK_STOPPED, __TASK_TRACED
-
-
-def resolve(timeline: view.Timeline, wait: view.Wait) -> list[view.Piece] | None:
-    """A stopped or traced thread: who stopped it; see `causality.timeline`."""
-    if not wait.prev_state & _STOPPED_STATES:
-        return None
-    found = stopper_of(events_of(timeline), Who(wait.task.tid, wait.task.tgid), wait.blocked_mono_ns)
-    culprit = task_of(timeline, found[0], wait.blocked_mono_ns) if found else None
-    ids = (timeline.event_id(*found[1]),) if found else wait.evidence
-    confidence = "exact" if found else "inferred"
-    span = wait.start_mono_ns, wait.end_mono_ns
-    return [view.Piece(*span, "wait.signal", "stopped", culprit, edge="stops", evidence=ids, confidence=confidence)]
-
-
-def findings(
-    timeline: view.Timeline,
-    operation: Operation,  # noqa: ARG001  the engine's signature
-    key: tuple[int, int],
-    start_mono_ns: int,
-    end_mono_ns: int,
-) -> list[view.Finding]:
-    """Why a failed operation failed; see `causality.timeline`."""
-    task = timeline.task(*key)
-    failure = failure_of(events_of(timeline), Who(task.tid, task.tgid), start_mono_ns, end_mono_ns)
-    if failure is None:
-        return []
-    culprit = task_of(timeline, failure.culprit, failure.time_mono_ns)
-    ids = tuple(timeline.event_id(cpu, seq) for cpu, seq in failure.evidence)
-    chain = ((_EDGES.get(failure.kind, "fails"), culprit, task),) if culprit is not None else ()
-    return [view.Finding(failure.kind, culprit, ids, failure.confidence, chain)]

@@ -17,9 +17,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from causality import timeline as view
 from causality.block import requests, service
-from causality.window import EventRef, Leaf, Piece, Rows, Wait, Who, Window, adapt, cover
+from causality.window import EventRef, Leaf, Piece, Rows, Wait, Who, Window, cover
 
 __all__ = ["Commit", "commits", "resolve", "resolve_dirty", "resolve_journal"]
 
@@ -180,12 +179,3 @@ def _dirtier(rows: Rows, i: int, wait: Wait) -> Who | None:
     if not others or sum(others.values()) <= mine:
         return None
     return max(others, key=lambda who: (others[who], -who.tid))
-
-
-def _journal_or_dirty(window: Window, wait: Wait) -> list[Piece]:
-    return resolve_dirty(window, wait) or resolve_journal(window, wait)
-
-
-def resolve(timeline: view.Timeline, wait: view.Wait) -> list[view.Piece] | None:
-    """The engine's question; see `causality.timeline`."""
-    return adapt(_journal_or_dirty, timeline, wait)

@@ -16,9 +16,8 @@ from typing import Final
 
 import numpy as np
 
-from causality import timeline as view
 from causality.block import requests
-from causality.window import EventRef, Leaf, Piece, Wait, Who, Window, adapt, events_of, task_of
+from causality.window import EventRef, Leaf, Piece, Wait, Who, Window
 
 __all__ = ["Bracket", "brackets", "reclaim_brackets", "resolve", "resolve_reclaim", "resolve_swap"]
 
@@ -133,26 +132,3 @@ def _left_kernel_since(window: Window, wait: Wait, began_mono_ns: int) -> bool:
         if last is not None and int(last[0].time[last[1]]) > began_mono_ns:
             return True
     return False
-
-
-def _reclaim_or_swap(window: Window, wait: Wait) -> list[Piece]:
-    return resolve_reclaim(window, wait) or resolve_swap(window, wait)
-
-
-def resolve(timeline: view.Timeline, wait: view.Wait) -> list[view.Piece] | None:
-    """The engine's question; see `causality.timeline`."""
-    return adapt(_reclaim_or_swap, timeline, wait)
-
-
-def brackets(timeline: view.Timeline, key: tuple[int, int], start_mono_ns: int, end_mono_ns: int) -> list[view.Piece]:
-    """The parts of running time in which the thread reclaimed memory; see `causality.timeline`."""
-    task = timeline.task(*key)
-    out = []
-    for bracket in reclaim_brackets(events_of(timeline), Who(task.tid, task.tgid)):
-        lo, hi = max(bracket.start_mono_ns, start_mono_ns), min(bracket.end_mono_ns, end_mono_ns)
-        if hi > lo:
-            culprit = task_of(timeline, bracket.culprit, lo)
-            ids = tuple(timeline.event_id(cpu, seq) for cpu, seq in bracket.refs)
-            confidence = "exact" if culprit is None else "statistical"
-            out.append(view.Piece(lo, hi, "run.reclaim", bracket.kind, culprit, evidence=ids, confidence=confidence))
-    return out

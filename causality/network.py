@@ -17,8 +17,7 @@ from typing import Final
 
 import numpy as np
 
-from causality import timeline as view
-from causality.window import EventRef, Follow, Leaf, Piece, Rows, Wait, Who, Window, adapt, cover
+from causality.window import EventRef, Follow, Leaf, Piece, Rows, Wait, Who, Window, cover
 
 __all__ = ["Flow", "Packet", "peer_of", "received_before", "resolve", "resolve_network", "sender_of", "sent_by"]
 
@@ -193,8 +192,3 @@ def _unanswered(window: Window, wait: Wait) -> list[Piece]:
         return _with_losses(losses, [Leaf(lo, hi, "wait.net", "net_peer", None, (sent.ref,), "inferred")], lo, hi)
     who, waking = peer
     return _with_losses(losses, [Follow(lo, hi, who, "wait.net", "net", (sent.ref, waking), "inferred")], lo, hi)
-
-
-def resolve(timeline: view.Timeline, wait: view.Wait) -> list[view.Piece] | None:
-    """The engine's question; see `causality.timeline`."""
-    return adapt(resolve_network, timeline, wait)

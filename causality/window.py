@@ -8,34 +8,17 @@ label, a cause kind, perhaps a culprit: the walk ends here) or a `Follow` (the i
 task: the walk goes on there, clipped to the piece).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 
-from causality import timeline as view
 from causality.log import Segment
-from causality.tasks import Task
 from events.kinds import BY_NAME, Kind
 
-__all__ = [
-    "EventRef",
-    "Follow",
-    "Leaf",
-    "Piece",
-    "Rows",
-    "Wait",
-    "Wake",
-    "Who",
-    "Window",
-    "adapt",
-    "cover",
-    "events_of",
-    "task_of",
-]
+__all__ = ["EventRef", "Follow", "Leaf", "Piece", "Rows", "Wait", "Wake", "Who", "Window", "cover"]
 
 EventRef = tuple[int, int]  # (cpu, seq): with node and boot id the event's name
 _HEAD: Final = ("time_mono_ns", "cpu", "seq", "tgid", "tid", "a0", "a1", "a2", "a3", "a4")
@@ -210,50 +193,3 @@ def _moved(piece: Piece, low: int, high: int) -> Piece:
     if isinstance(piece, Leaf):
         return Leaf(low, high, piece.label, piece.kind, piece.culprit, piece.evidence, piece.confidence)
     return Follow(low, high, piece.task, piece.label, piece.edge, piece.evidence, piece.confidence)
-
-
-# --- the border to the engine's timeline
-
-_WINDOWS: WeakKeyDictionary[view.Timeline, Window] = WeakKeyDictionary()
-
-
-def events_of(timeline: view.Timeline) -> Window:
-    """The timeline's events as a window (made once a timeline)."""
-    if timeline not in _WINDOWS:
-        _WINDOWS[timeline] = Window(timeline.segments, timeline.lo_mono_ns, timeline.hi_mono_ns)
-    return _WINDOWS[timeline]
-
-
-def task_of(timeline: view.Timeline, who: Who | None, time_mono_ns: int) -> Task | None:
-    """The life of the thread that an event meant."""
-    return None if who is None else timeline.task(*timeline.task_at(who.tid, time_mono_ns))
-
-
-def _ids(timeline: view.Timeline, refs: tuple[EventRef, ...]) -> tuple[str, ...]:
-    return tuple(timeline.event_id(cpu, seq) for cpu, seq in refs)
-
-
-def _wait(timeline: view.Timeline, wait: view.Wait) -> Wait:
-    wake = None
-    if wait.wake is not None:
-        w, waker = wait.wake, timeline.task(*wait.wake.waker)
-        seq = int(w.evidence[0].rsplit("/", 1)[1]) if w.evidence else 0
-        wake = Wake(w.time_mono_ns, w.cpu, seq, Who(waker.tid, waker.tgid), waker.comm, bool(w.frames))
-    who = Who(wait.task.tid, wait.task.tgid)
-    syscall = wait.syscall.nr if wait.syscall else None
-    return Wait(who, wait.start_mono_ns, wait.end_mono_ns, wait.blocked_mono_ns, wait.prev_state, wake, syscall)
-
-
-def adapt(resolve: Callable[[Window, Wait], list[Piece]], timeline: view.Timeline, wait: view.Wait) -> list[view.Piece] | None:
-    """Asks a resolver about an engine's wait and puts its answer into the engine's words; None if it has none."""
-    pieces = resolve(events_of(timeline), _wait(timeline, wait))
-    return [_piece(timeline, p) for p in pieces] or None
-
-
-def _piece(timeline: view.Timeline, piece: Piece) -> view.Piece:
-    span, evidence = (piece.start_mono_ns, piece.end_mono_ns), _ids(timeline, piece.evidence)
-    if isinstance(piece, Leaf):
-        culprit = task_of(timeline, piece.culprit, piece.end_mono_ns)
-        return view.Piece(*span, piece.label, piece.kind, culprit, evidence=evidence, confidence=piece.confidence)
-    follow = timeline.task_at(piece.task.tid, piece.end_mono_ns)
-    return view.Piece(*span, piece.label, edge=piece.edge, follow=follow, evidence=evidence, confidence=piece.confidence)
