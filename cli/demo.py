@@ -8,13 +8,15 @@ anything failed, 3 if the evidence is incomplete.
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import typer
 
 __all__ = ["app"]
 
 app = typer.Typer()
+
+_EDGES_SHOWN: Final = 10
 
 
 @app.command()
@@ -47,27 +49,32 @@ def _step(line: str) -> None:
 
 
 def _report(outcome: Any) -> None:
-    """The sentence, the ledger, the edges, and where to see the same."""
+    """The sentence, the ledger, the edges, the same from both stores, and the two hashes."""
     from causality.graph import edges_of
-    from cli.render import render_verdict
+    from cli.render import aligned, format_ns, task_name, verdict_text, wants_colour
 
-    print()
-    print(render_verdict(outcome.live, color=sys.stdout.isatty()))
-    edges = edges_of(outcome.live)
-    print(f"\nCausal edges ({len(edges)}):")
-    for edge in edges[:12]:
-        span = f"{edge['edge']} {edge['ns'] / 1e6:.3f} ms"
-        print(f"  {_name(edge['from'])} --{span}--> {_name(edge['to'])}  [{edge['confidence']}]")
     operation = outcome.live["operation_id"]
-    print("\nThe same in Neo4j (Cypher) and ClickHouse (SQL):")
-    print(f"  MATCH path = (o:Operation {{id: '{operation}'}})<-[:CAUSED]-{{1,8}}(t) RETURN path LIMIT 50")
-    print(f"  SELECT edge, from_comm, to_comm, ns, evidence FROM kprobe.causal_edges FINAL "
-          f"WHERE operation_id = '{operation}'")
-    print("\nLive and offline:")
-    print(f"  kprobe why {operation}                        {outcome.live['hash']}")
-    print(f"  kprobe analyze {outcome.capture.name} --operations {outcome.operations.name}   {outcome.offline['hash']}")
-    print(f"  everything of this run: {outcome.folder}")
+    print()
+    print(verdict_text(outcome.live, colour=wants_colour(sys.stdout)), end="")
+    edges = edges_of(outcome.live)
+    print(f"\nCausal edges ({len(edges)}, the longest first):")
+    longest = sorted(edges, key=lambda e: -e["ns"])[:_EDGES_SHOWN]
+    table = [
+        [task_name(e["from"]), f"--{e['edge']}-->", task_name(e["to"]), format_ns(e["ns"]), e["confidence"]] for e in longest
+    ]
+    print("\n".join(f"  {line}" for line in aligned(table, right=(3,))))
+    print("\nThe same in Neo4j (Cypher) and in ClickHouse (SQL), as they answer now:")
+    for query, rows in outcome.queries:
+        _show(query, rows)
+    print("\nLive from the stores, and offline from the capture recorded alongside:")
+    analyze = f"kprobe analyze {outcome.capture.name} --operations {outcome.operations.name}"
+    print(f"  {f'kprobe why {operation}':<{len(analyze)}}  {outcome.live['hash']}")
+    print(f"  {analyze}  {outcome.offline['hash']}")
+    print(f"\nEverything of this run: {outcome.folder}")
 
 
-def _name(task: dict[str, Any] | None) -> str:
-    return f"{task['comm']} ({task['tid']})" if task else "-"
+def _show(query: str, rows: list[dict[str, Any]]) -> None:
+    from cli.render import aligned
+
+    print(f"  {query}")
+    print("\n".join(f"    {line}" for line in aligned([[str(v) for v in row.values()] for row in rows])) or "    (no rows)")

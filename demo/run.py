@@ -34,6 +34,14 @@ PAYMENT_OFFSET: Final = 98721 - SETTLEMENT
 FIRST: Final = 4812
 LAST: Final = 4826
 DEADLINE_MS: Final = 250
+_CYPHER: Final = (
+    f"MATCH (t:Task)-[d:DELAYED]->(o:Operation {{id: '{SETTLEMENT}'}}) "
+    "RETURN t.comm, t.tgid, d.kind, d.ns ORDER BY d.ns DESC LIMIT 5"
+)
+_SQL: Final = (
+    "SELECT edge, from_comm, from_tgid, to_comm, ns FROM causal_edges FINAL "
+    f"WHERE operation_id = '{SETTLEMENT}' ORDER BY ns DESC LIMIT 5"
+)
 _BATCH_LEAD_S: Final = 0.05  # the batch job computes for this long before the payment arrives
 
 
@@ -52,6 +60,7 @@ class Outcome:
     config: Path
     batch_pid: int | None
     folder: Path
+    queries: tuple[tuple[str, list[dict[str, Any]]], ...]  # what one can ask the two stores, and what they answered
 
 
 @dataclass(slots=True)
@@ -101,10 +110,11 @@ class Demo:
         operations = self.folder / "operations.csv"
         self._publish(operations)
         live = self._await_verdict(operations)
+        queries = (self._ask_neo4j(live), self._ask_clickhouse())
         self._stop("probe")
         offline = self._analyze(operations)
         capture = self.folder / "incident.kcap"
-        return Outcome(live, offline, capture, operations, config, batch_pid, self.folder)
+        return Outcome(live, offline, capture, operations, config, batch_pid, self.folder, queries)
 
     # --- configuration and processes
 
@@ -112,7 +122,10 @@ class Demo:
         """The settings of this run: those of the site, with the run's own watch set, spool and recovery folders."""
         content = self.settings.model_dump(mode="json")
         content["probe"] |= {"spool_dir": str(self.folder / "spool"), "listen": f"127.0.0.1:{_free_port()}"}
-        content["flow"] |= {"recovery_dir": str(self.folder / "recovery"), "listen": f"127.0.0.1:{_free_port()}"}
+        # Servers that already run hold the frames of earlier runs: this run begins where they end.
+        content["flow"] |= {
+            "recovery_dir": str(self.folder / "recovery"), "listen": f"127.0.0.1:{_free_port()}", "start": "latest",
+        }  # fmt: skip
         path = self.folder / "kprobe.yaml"
         path.write_text(yaml.safe_dump(content))
         return path
@@ -159,7 +172,7 @@ class Demo:
 
     def _start_stack(self) -> None:
         done = subprocess.run(self._kprobe("status", "--json"), capture_output=True, env=self._environment(), check=False)
-        if done.returncode == 0 and _all_healthy(done.stdout):
+        if done.returncode == 0:
             self.say("servers: already running, left as they are")
             return
         self.say("servers: starting Kafka, Neo4j and the ClickHouse engine")
@@ -184,15 +197,15 @@ class Demo:
 
     def _start_recording(self, config: Path) -> None:
         service = next(c for c in self._children if c.name == "settlement service")
-        self.say(f"probe: recording kernel events around the service (pid {service.process.pid}), passively")
+        self.say("flow: Kafka to causes, with Bytewax")
         self._start("flow", self._kprobe("flow"))
+        self._await("the flow's start", lambda: _healthy(config, "flow"))
+        self.say(f"probe: recording kernel events around the service (pid {service.process.pid}), passively")
         self._start("probe", self._kprobe(
             "probe", "--config", str(config), "--watch", f"pid:{service.process.pid}",
             "--capture", str(self.folder / "incident.kcap"),
         ))  # fmt: skip
         self._await("recording", lambda: _healthy(config, "probe"))
-        self.say("flow: Kafka to causes, with Bytewax")
-        self._await("the flow's start", lambda: _healthy(config, "flow"))
 
     def _drive(self, port: int) -> int | None:
         """Send the payments one after another; during SETTLEMENT the batch job computes. Returns its pid."""
@@ -254,6 +267,27 @@ class Demo:
         result: dict[str, Any] = self._await("the verdict", stored)
         return result
 
+    def _ask_neo4j(self, live: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+        """Wait until the graph has this verdict, then ask it who delayed the settlement."""
+        from sinks.graph import GraphStore
+
+        store = GraphStore(self.settings.neo4j)
+        stored = f"MATCH (o:Operation {{id: '{SETTLEMENT}', hash: $hash}}) RETURN o.id"
+        try:
+            self._await("the graph's copy of the verdict", lambda: store.query(stored, hash=live["hash"]))
+            return _CYPHER, store.query(_CYPHER)
+        finally:
+            store.close()
+
+    def _ask_clickhouse(self) -> tuple[str, list[dict[str, Any]]]:
+        from sinks.clickhouse_client import ClickHouseClient
+
+        client = ClickHouseClient(self.settings.clickhouse)
+        try:
+            return _SQL, client.rows(_SQL)
+        finally:
+            client.close()
+
     def _analyze(self, operations: Path) -> dict[str, Any]:
         self.say("offline: judging the capture file that was recorded alongside")
         command = self._kprobe("analyze", str(self.folder / "incident.kcap"), "--operations", str(operations), "--jsonl")
@@ -298,15 +332,6 @@ def remove_old_runs(parent: Path, keep: int = 5) -> None:
     runs = sorted((p for p in parent.glob("run-*") if p.is_dir()), key=lambda p: p.stat().st_mtime)
     for old in runs[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _all_healthy(status_json: bytes) -> bool:
-    """Whether `kprobe status --json` says that every server answers."""
-    try:
-        servers = json.loads(status_json)["servers"]
-    except (ValueError, KeyError, TypeError):
-        return False
-    return bool(servers) and all(server["healthy"] for server in servers)
 
 
 def _start_of(operations: Path, settlement: int) -> int:
