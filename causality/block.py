@@ -22,9 +22,10 @@ import numpy.typing as npt
 
 from causality.window import EventRef, Leaf, Piece, Rows, Wait, Who, Window, cover
 
-__all__ = ["Requests", "requests", "resolve", "resolve_block", "service"]
+__all__ = ["Requests", "requests", "resolve_block", "service"]
 
 _WAKE_AFTER_NS: Final = 500_000  # a completion wakes its waiter at once; the bound covers an interrupted completion
+_WORKER: Final = "kworker/"  # completions that need a file system's work wake their waiter from there
 _ROOT_CGROUP: Final = 1  # kernfs id of the root of every hierarchy
 
 
@@ -106,8 +107,7 @@ def _requests(window: Window) -> Requests:
     def ordered(values: Any) -> npt.NDArray[Any]:
         return np.asarray(values)[order]
 
-    tid = np.where(bio_at >= 0, _at(bio.tid, bio_at, 0), issue.tid)
-    tgid = np.where(bio_at >= 0, _at(bio.tgid, bio_at, 0), issue.tgid)
+    tid, tgid = _at(bio.tid, bio_at, 0), _at(bio.tgid, bio_at, 0)  # 0: a flush, which the block layer sends by itself
     return Requests(
         device=ordered(issue.get("dev")),
         queued=ordered(np.where(bio_at >= 0, _at(bio.time, bio_at, 0), issue.time)),
@@ -148,7 +148,7 @@ def service(window: Window, mine: int, lo: int, hi: int, own: frozenset[int], la
     at = lo
     for i in others.tolist():
         begin, end = max(at, int(table.issued[i])), min(hi, int(table.completed[i]))
-        if i == mine or int(table.tgid[i]) in own or end <= begin:
+        if i == mine or int(table.tgid[i]) in own or not table.tgid[i] or end <= begin:
             continue
         leaves += _own(table, mine, at, begin, label)
         culprit = Who(int(table.tid[i]), int(table.tgid[i]))
@@ -185,9 +185,9 @@ def _mine(window: Window, wait: Wait) -> npt.NDArray[Any]:
         return np.flatnonzero(submitted & (table.completed < _END))
     by_waker = (table.complete_cpu == wake.cpu) & (table.complete_tid == wake.waker.tid)
     by_waker &= (table.completed <= end) & (table.completed >= end - _WAKE_AFTER_NS) & (table.queued < end)
-    if not by_waker.any():
+    if not by_waker.any() and not wake.waker_comm.startswith(_WORKER):
         return np.empty(0, np.int64)
-    if (submitted & by_waker).any():
+    if not by_waker.any() or (submitted & by_waker).any():
         return np.flatnonzero(submitted)
     return np.flatnonzero(by_waker)[-1:]
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from causality.window import EventRef, Rows, Who, Window
 
-__all__ = ["Failure", "failure_of", "findings", "resolve", "stopper_of"]
+__all__ = ["Failure", "failure_of", "stopper_of"]
 
 _EXIT_SIGNAL: Final = 0x7F
 _STOPPING: Final = (19, 20, 21, 22)  # SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU
@@ -98,7 +99,7 @@ def stopper_of(window: Window, who: Who, stopped_mono_ns: int) -> tuple[Who, Eve
 def _last_error(window: Window, who: Who, start: int, end: int) -> Failure | None:
     rows = window.rows("sys_exit").between(start, end)
     rows = rows.take(rows.columns["tid"] == who.tid)
-    ret, nr, socket = rows.get("ret"), rows.get("nr"), rows.get("object_type") == _SOCKET
+    ret, nr, socket = rows.get("ret"), rows.get("nr"), _on_socket(window, who, rows)
     known = sorted(_RESETS | _IO_ERRORS | _FAMILY_UNREACHED)
     closed = socket & (ret == 0) & np.isin(nr, sorted(_READS)) & (rows.get("arg1") != 0)
     found = np.flatnonzero(np.isin(-ret, known) | closed)
@@ -111,6 +112,17 @@ def _last_error(window: Window, who: Who, start: int, end: int) -> Failure | Non
     if code == 0 or code in _RESETS:
         return _broken_connection(window, who, rows, i, start)
     return Failure(at, "net_reset", None, (rows.ref(i),), "strong")
+
+
+def _on_socket(window: Window, who: Who, exits: Rows) -> npt.NDArray[np.bool_]:
+    """Which of a thread's calls were on a socket: their entries tell."""
+    enters = window.rows("sys_enter")
+    enters = enters.take(enters.columns["tid"] == who.tid)
+    at = np.searchsorted(enters.time, exits.time, "right") - 1
+    found: npt.NDArray[np.bool_] = np.zeros(len(exits), np.bool_)
+    known = at >= 0
+    found[known] = (enters.get("object_type") == _SOCKET)[at[known]]
+    return found
 
 
 def _io_evidence(window: Window, rows: Rows, i: int, start: int) -> tuple[EventRef, ...]:

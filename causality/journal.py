@@ -20,7 +20,7 @@ import numpy as np
 from causality.block import requests, service
 from causality.window import EventRef, Leaf, Piece, Rows, Wait, Who, Window, cover
 
-__all__ = ["Commit", "commits", "resolve", "resolve_dirty", "resolve_journal"]
+__all__ = ["Commit", "commits", "resolve_dirty", "resolve_journal"]
 
 _JOURNAL_THREAD: Final = "jbd2/"
 _DIRTY_LOOKBACK_NS: Final = 2_000_000_000

@@ -19,7 +19,7 @@ import numpy as np
 from causality.block import requests
 from causality.window import EventRef, Leaf, Piece, Wait, Who, Window
 
-__all__ = ["Bracket", "brackets", "reclaim_brackets", "resolve", "resolve_reclaim", "resolve_swap"]
+__all__ = ["Bracket", "reclaim_brackets", "resolve_reclaim", "resolve_swap"]
 
 _BRACKETS: Final = (
     ("mm_vmscan_direct_reclaim_begin", "mm_vmscan_direct_reclaim_end", "global_reclaim"),

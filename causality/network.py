@@ -19,10 +19,12 @@ import numpy as np
 
 from causality.window import EventRef, Follow, Leaf, Piece, Rows, Wait, Who, Window, cover
 
-__all__ = ["Flow", "Packet", "peer_of", "received_before", "resolve", "resolve_network", "sender_of", "sent_by"]
+__all__ = ["Flow", "Packet", "peer_of", "received_before", "resolve_network", "sender_of", "sent_by"]
 
 _RX_TO_WAKE_NS: Final = 2_000_000  # receive softirq to wake-up, on one CPU, other packets of the batch in between
 _TX_TO_RX_NS: Final = 1_000_000_000  # a buffer may wait in a backlog or a queue discipline
+_FLAGS_ASKING: Final = 8 | 2  # PSH, SYN: not the acknowledgements that softirq sends while somebody else is current
+_UDP: Final = 17
 _TX_KINDS: Final = ("net_dev_queue", "net_dev_start_xmit")
 
 
@@ -80,11 +82,12 @@ def sender_of(window: Window, packet: Packet) -> Packet | None:
 
 
 def sent_by(window: Window, who: Who, before_mono_ns: int) -> Packet | None:
-    """The last packet that a thread itself put on a device before a time."""
+    """The last packet with data (or that opens a connection) that was sent while a thread was current, before a time."""
     for kind in _TX_KINDS:
         rows = window.rows(kind)
         high = int(np.searchsorted(rows.time, before_mono_ns, "right"))
-        found = np.flatnonzero((rows.columns["tid"][:high] == who.tid) & (rows.get("sport")[:high] != 0))
+        data = (rows.get("tcp_flags")[:high] & _FLAGS_ASKING != 0) | (rows.get("protocol")[:high] == _UDP)
+        found = np.flatnonzero((rows.columns["tid"][:high] == who.tid) & (rows.get("sport")[:high] != 0) & data)
         if len(found):
             return _packet(rows, int(found[-1]))
     return None

@@ -173,7 +173,7 @@ class Window:
 
 
 def cover(pieces: Sequence[Piece], start_mono_ns: int, end_mono_ns: int, label: str, kind: str) -> list[Piece]:
-    """`pieces` clipped to [start, end), in order, overlaps given to the earlier piece, holes filled with a leaf of `label`."""
+    """`pieces` clipped to [start, end), in order, overlaps given to the earlier piece, holes filled with `label`."""
     out: list[Piece] = []
     at = start_mono_ns
     for piece in sorted(pieces, key=lambda p: (p.start_mono_ns, p.end_mono_ns)):
@@ -185,7 +185,11 @@ def cover(pieces: Sequence[Piece], start_mono_ns: int, end_mono_ns: int, label: 
         out.append(_moved(piece, low, high))
         at = high
     if at < end_mono_ns:
-        out.append(Leaf(at, end_mono_ns, label, kind))
+        last = out[-1] if out else None
+        if isinstance(last, Leaf) and last.label == label:
+            out[-1] = _moved(last, last.start_mono_ns, end_mono_ns)  # the way from the mechanism's end to the wake-up
+        else:
+            out.append(Leaf(at, end_mono_ns, label, kind))
     return out
 
 
