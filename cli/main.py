@@ -59,6 +59,8 @@ class _LazyGroup(TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(COMMANDS[cmd_name][0])
+        module.app.rich_markup_mode = None  # one plain form of help for all: readable in a pipe, and in an issue
+        module.app._add_completion = False  # offered once, by `kprobe` itself
         command = typer.main.get_command(module.app)
         command.name = cmd_name
         return command
