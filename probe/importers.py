@@ -3,8 +3,8 @@
 `import_trace` reads a file and returns frames as a recording of this kprobe would hold them, and a report. What the probe
 knows by itself comes from the trace here, and nothing is guessed beyond it:
 
-- A thread's start time is 0 for its first life in the trace, and the time of its fork (or first sight) for later ones, so that
-  a reused tid stays two tasks. A thread group is what the trace says, else the thread alone.
+- A thread's start time is 0. Where a tid is reused it is 1 for the first life in the trace, and the time of its fork (or first
+  sight) for later ones, so that it stays two tasks. A thread group is what the trace says, else the thread alone.
 - Who ran when an event happened (`current`) is what the line says; else the task that the last switch on that CPU brought in;
   before the first switch the task which that one takes away; else unknown.
 - Sequence numbers count each CPU's events in the order of time, lines of equal time in the order of the file; a note about lost
@@ -173,7 +173,9 @@ def _gather_switch(row: Row, facts: _Facts) -> None:
 class _Tasks:
     """The lives of a node's threads, and the task rows that tell them."""
 
-    def __init__(self, facts: _Facts) -> None:
+    def __init__(self, facts: _Facts, reused: frozenset[int]) -> None:
+        self.reused: set[int] = set()  # tids that turned out to have several lives
+        self._first_start = dict.fromkeys(reused, 1)
         self.rows: list[dict[str, Any]] = []
         self._facts = facts
         self._lives: dict[int, _Life] = {}
@@ -182,7 +184,7 @@ class _Tasks:
         """The life that `tid` has at `time_ns`; a dead thread that appears again is another one."""
         life = self._lives.get(tid)
         if life is None or (life.dead and tid):
-            life = self._begin(tid, 0 if life is None else time_ns, comm or "", time_ns, "snapshot", None)
+            life = self._begin(tid, self._start(life, time_ns), comm or "", time_ns, "snapshot", None)
         if hint and not life.comm:
             self._name(life, hint, time_ns)
             life.comm_is_hint = True
@@ -194,7 +196,7 @@ class _Tasks:
         known = self._lives.get(tid)
         if known is not None and known.forked_ns == time_ns:
             return known
-        life = self._begin(tid, 0 if known is None else time_ns, comm, time_ns, "fork", parent)
+        life = self._begin(tid, self._start(known, time_ns), comm, time_ns, "fork", parent)
         life.forked_ns = time_ns
         return life
 
@@ -202,8 +204,15 @@ class _Tasks:
         """The latest life of `tid`, dead or not."""
         return self._lives.get(tid)
 
+    def _start(self, before: _Life | None, time_ns: int) -> int:
+        if before is None:
+            return 0
+        self.reused.add(before.tid)
+        return max(time_ns, 2)
+
     def _begin(self, tid: int, start_boot_ns: int, comm: str, time_ns: int, reason: str, parent: _Life | None) -> _Life:
         tgid = 0 if tid == 0 else self._facts.tgids.get(tid, tid)
+        start_boot_ns = start_boot_ns or self._first_start.get(tid, 0)
         life = _Life(tid, start_boot_ns, tgid, comm, kthread=tid in self._facts.kthreads)
         self._lives[tid] = life
         self._tell(life, time_ns, reason, parent)
@@ -245,12 +254,12 @@ class _Tasks:
 class _Encoder:
     """Encodes the rows of one node, in the order of time, into event columns, task rows and loss rows."""
 
-    def __init__(self, facts: _Facts, report: Report, start_ns: int) -> None:
+    def __init__(self, facts: _Facts, report: Report, start_ns: int, reused: frozenset[int] = frozenset()) -> None:
         self.columns: dict[str, list[int]] = {name: [] for name in EVENTS.names}
         self.losses: list[dict[str, Any]] = []
-        self.tasks = _Tasks(facts)
+        self.tasks = _Tasks(facts, reused)
         self._facts = facts
-        self._report = report
+        self.report = report
         self._current: dict[int, int] = {}
         self._next_seq: Counter[int] = Counter()
         self._last_ns: dict[int, int] = defaultdict(lambda: start_ns)
@@ -260,14 +269,14 @@ class _Encoder:
         """Encode one row. Raises ValueError if a field that the kind cannot do without is missing or malformed."""
         kind = BY_NAME[row.kind]
         if row.kind == "sched_wakeup" and row.fields.number("success") == 0:
-            self._report.notes["sched_wakeup that woke nobody (success=0)"] += 1
+            self.report.notes["sched_wakeup that woke nobody (success=0)"] += 1
             return
         head, values = self._encode(kind, row)
         if row.lost_before is not None:
             self.lose(row.cpu, row.time_ns, row.lost_before)
         if row.kind == "sched_wakeup" and self._wakeup_is_evidence:
             self._append(BY_NAME["sched_waking"], row, head, values)
-            self._report.notes["sched_wakeup taken as the wake-up, for want of sched_waking"] += 1
+            self.report.notes["sched_wakeup taken as the wake-up, for want of sched_waking"] += 1
         self._append(kind, row, head, values)
 
     def lose(self, cpu: int, until_ns: int, count: int) -> None:
@@ -278,14 +287,14 @@ class _Encoder:
         loss.update(cpu=cpu, reason="ring_full", hop="trace", from_mono_ns=self._last_ns[cpu], to_mono_ns=until_ns, count=count)
         loss.update(first_seq=first, last_seq=None if first is None else first + count - 1)
         self.losses.append(loss)
-        self._report.losses += 1
-        self._report.lost_events += count
+        self.report.losses += 1
+        self.report.lost_events += count
 
     def _append(self, kind: Kind, row: Row, head: _Life, values: Mapping[str, int]) -> None:
         seq = self._next_seq[row.cpu]
         self._next_seq[row.cpu] += 1
         self._last_ns[row.cpu] = row.time_ns
-        self._report.events += 1
+        self.report.events += 1
         fixed = (row.time_ns, seq, row.cpu, kind.number, FLAG_WATCHED | row.flags, head.tgid, head.tid)
         for name, value in zip(EVENTS.names, fixed + kind.encode(**values), strict=True):
             self.columns[name].append(value)
@@ -487,13 +496,23 @@ def _usable(row: Row, report: Report) -> bool:
 
 
 def _encode_node(pending: _Pending, report: Report) -> _Encoder:
-    rows = sorted(pending.rows, key=lambda r: r.time_ns)
-    encoder = _Encoder(_gather_safely(rows, report), report, rows[0].time_ns if rows else 0)
+    rows = [_as_futex(row) for row in sorted(pending.rows, key=lambda r: r.time_ns)]
+    facts = _gather_safely(rows, report)
+    # Only a first reading tells which tids have several lives, and that decides how the first of them is named.
+    reused = frozenset(_encode(rows, pending, _Encoder(facts, Report(), _start_of(rows))).tasks.reused)
+    return _encode(rows, pending, _Encoder(facts, report, _start_of(rows), reused))
+
+
+def _start_of(rows: Sequence[Row]) -> int:
+    return rows[0].time_ns if rows else 0
+
+
+def _encode(rows: Sequence[Row], pending: _Pending, encoder: _Encoder) -> _Encoder:
     for row in rows:
         try:
-            encoder.add(_as_futex(row))
+            encoder.add(row)
         except (ValueError, KeyError, OverflowError) as error:
-            report.skip(row.line, "unusable", f"{row.kind}: {error}")
+            encoder.report.skip(row.line, "unusable", f"{row.kind}: {error}")
     for cpu, count in sorted(pending.lost.items()):
         encoder.lose(cpu, rows[-1].time_ns if rows else 0, count)
     return encoder

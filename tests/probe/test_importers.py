@@ -182,9 +182,9 @@ def test_a_reused_tid_is_two_tasks(import_json):
     )
 
     events = events_of(frames)
-    assert [e["next_start_boot_ns"] for e in events if e["event"] == "sched_switch"] == [0, 0, 30]
+    assert [e["next_start_boot_ns"] for e in events if e["event"] == "sched_switch"] == [1, 0, 30]
     rows = [(r["reason"], r["start_boot_ns"], r["comm"]) for r in rows_of(frames, "tasks/1") if r["tid"] == 23]
-    assert rows == [("snapshot", 0, "t23"), ("fork", 30, "new"), ("rename", 30, "t23")]
+    assert rows == [("snapshot", 1, "t23"), ("fork", 30, "new"), ("rename", 30, "t23")]
 
 
 def test_the_same_last_switch_twice_is_one_life(import_json):
