@@ -2,8 +2,9 @@
 
     operation_id,type,tid,start_mono_ns,end_mono_ns,deadline_ns,outcome
 
-`deadline_ns` is a duration; it and `outcome` (`ok`, `failed`) may be empty. Further columns are kept as attributes. A row that
-cannot be understood raises InputError which names the row, the field, the value and what was expected; nothing is guessed.
+`deadline_ns` is a duration; it and `outcome` (`ok`, `failed`) may be empty. Further columns are kept as attributes. A
+row that cannot be understood raises InputError which names the row, the field, the value and what was expected; nothing
+is guessed.
 """
 
 import csv

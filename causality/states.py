@@ -1,7 +1,7 @@
 """Thread states from scheduler events (D1), for all threads of a batch at once.
 
-Input: the events that change threads' states (`Changes`), sorted by thread, then by time. Output: the state of each thread from
-each defining event to the next, half-open, integer ns. The rules:
+Input: the events that change threads' states (`Changes`), sorted by thread, then by time. Output: the state of each
+thread from each defining event to the next, half-open, integer ns. The rules:
 
 - switched in: running. Switched out by preemption, or with a runnable state: runnable. Switched out otherwise: blocked.
 - The first sched_waking after that ends the blocked time: its current is the waker. A wake of a thread that is not blocked

@@ -1,7 +1,7 @@
 """Who is who: threads by (tid, start time), with what was true of them at a time.
 
-Folded from task frames: each row states what holds from its time on; a column that is null says nothing. Rows may arrive in any
-order and twice. Where the trace carries no start time (imports), it is 0 and one tid is one thread.
+Folded from task frames: each row states what holds from its time on; a column that is null says nothing. Rows may
+arrive in any order and twice. Where the trace carries no start time (imports), it is 0 and one tid is one thread.
 """
 
 from collections.abc import Iterable, Mapping

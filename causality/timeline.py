@@ -1,7 +1,8 @@
 """What happened on one node in [lo, hi]: the questions that a verdict asks, answered from sorted columns.
 
-A `Timeline` is a read-only view of the sealed events at or before the end of one operation, and not older than its look-back.
-It is all that inference sees, so a verdict depends on nothing else. Times are integer ns of CLOCK_MONOTONIC, windows half-open.
+A `Timeline` is a read-only view of the sealed events at or before the end of one operation, and not older than its
+look-back. It is all that inference sees, so a verdict depends on nothing else. Times are integer ns of CLOCK_MONOTONIC,
+windows half-open.
 
 The questions:
 
