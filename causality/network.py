@@ -24,6 +24,10 @@ __all__ = ["Flow", "Packet", "peer_of", "received_before", "resolve_network", "s
 _RX_TO_WAKE_NS: Final = 2_000_000  # receive softirq to wake-up, on one CPU, other packets of the batch in between
 _TX_TO_RX_NS: Final = 1_000_000_000  # a buffer may wait in a backlog or a queue discipline
 _FLAGS_ASKING: Final = 8 | 2  # PSH, SYN: not the acknowledgements that softirq sends while somebody else is current
+_SOCKET: Final = 1
+_AF_UNIX: Final = 1
+_NETWORK_CALLS: Final = frozenset({42, 43, 44, 45, 46, 47, 288, 299, 307})  # connect, accept, send and receive family
+_MULTIPLEXERS: Final = frozenset({7, 23, 232, 270, 271, 281, 441})  # poll, select, epoll_wait and their kin
 _UDP: Final = 17
 _TX_KINDS: Final = ("net_dev_queue", "net_dev_start_xmit")
 
@@ -138,11 +142,12 @@ def resolve_network(window: Window, wait: Wait) -> list[Piece]:
     """The pieces of a wait on a socket, or nothing if no packet is known to have to do with it."""
     wake = wait.wake
     lo, hi = wait.start_mono_ns, wait.end_mono_ns
+    on_socket = _on_socket(window, wait)
+    if on_socket is False or (wake is not None and not wake.in_irq):
+        return []  # packets wake their readers from the receive softirq, tasks' wake-ups are followed by the engine
     packet = received_before(window, wake.cpu, wake.time_mono_ns) if wake is not None else None
     if packet is None or wake is None:
-        return _unanswered(window, wait)
-    if not wake.in_irq and wake.waker_comm.startswith("jbd2/"):
-        return []
+        return _unanswered(window, wait) if on_socket else []
     sender = sender_of(window, packet)
     losses = _losses(window, packet.flow, lo, hi)
     if sender is None:
@@ -155,6 +160,24 @@ def resolve_network(window: Window, wait: Wait) -> list[Piece]:
     follow = Follow(lo, sent, sender.who, "wait.net", "net", evidence)
     wire = Leaf(sent, hi, "wait.net", "net_peer", sender.who, evidence)
     return _with_losses(losses, [follow, wire], lo, hi)
+
+
+def _on_socket(window: Window, wait: Wait) -> bool | None:
+    """Is the thread in a call on an internet socket, or one that waits for several? None: its calls are not recorded."""
+    call = window.last_of("sys_enter", wait.who.tid, wait.blocked_mono_ns)
+    if call is None:
+        return None if wait.syscall is None else wait.syscall in _NETWORK_CALLS | _MULTIPLEXERS
+    rows, i = call
+    number, fd_type, sk = (int(rows.get(name)[i]) for name in ("nr", "object_type", "object"))
+    if wait.syscall is not None and number != wait.syscall:
+        return wait.syscall in _NETWORK_CALLS | _MULTIPLEXERS
+    if number in _MULTIPLEXERS:
+        return True
+    if fd_type != _SOCKET and number not in _NETWORK_CALLS:
+        return False
+    ready = window.rows("sk_data_ready")
+    local = (ready.get("sk") == np.uint64(sk)) & (ready.get("family") == _AF_UNIX)
+    return not bool(local.any())
 
 
 def _with_losses(losses: list[Piece], others: list[Piece], lo: int, hi: int) -> list[Piece]:
