@@ -75,6 +75,7 @@ def _begin(settings: Any, output: Path, watch: list[str] | None, duration: float
     from probe.outputs import CaptureOutput
     from probe.source import KernelSource
     from probe.watch import Selector
+    from stack.local import LocalStack
 
     if command and shutil.which(command[0]) is None:
         raise InputError(f"cannot run {command[0]!r}: no such program; give a path, or a name that is in PATH")
@@ -84,7 +85,8 @@ def _begin(settings: Any, output: Path, watch: list[str] | None, duration: float
         if child is not None:
             undo.callback(child.abandon)
             selectors.append(Selector.parse(f"pid:{child.pid}"))
-        source = KernelSource(settings.probe, selectors)
+        exclude = LocalStack(settings.stack).pids().values() if settings.probe.exclude_servers else ()
+        source = KernelSource(settings.probe, selectors, exclude=list(exclude))
         undo.callback(source.close)
         source.open()
         writer = CaptureWriter(output)  # last: an older capture of that name is only replaced by one that begins

@@ -37,6 +37,7 @@ __all__ = ["Agent", "Drained", "Source", "Summary"]
 _FOR_EVER_NS: Final = 1 << 62  # far enough, and sums with it do not overflow
 _SECOND_NS: Final = 1_000_000_000
 _HEARTBEAT_NS: Final = 200_000_000
+_STUCK_NS: Final = 10_000_000_000
 _FINISH_TIMEOUT_S: Final = 10.0
 # Draining after the detach ends with the first empty drain; a source that never comes to an end must not hold up SIGTERM.
 _LAST_DRAINS_MAX: Final = 1000
@@ -62,6 +63,7 @@ class Source(Protocol):
     def drain(self) -> Drained: ...
     def shed(self, family: str) -> None: ...
     def detach(self) -> None: ...
+    def stats(self) -> Mapping[str, Any]: ...
     def close(self) -> None: ...
 
 
@@ -136,6 +138,7 @@ class Agent:
         self._sent_mono_ns = 0
         self._checked_mono_ns = 0
         # A pipe, not an Event: setting an Event in a signal handler can deadlock with the wait that it interrupts.
+        self.ticked_mono_ns = 0
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.limits = Limits(
             cpu_share_max=settings.cpu_share_max,
@@ -167,6 +170,7 @@ class Agent:
 
     def tick(self) -> None:
         """One turn of the loop."""
+        self.ticked_mono_ns = time.monotonic_ns()
         self._drain()
         now = time.monotonic_ns()
         if self._due(now):
@@ -180,12 +184,23 @@ class Agent:
             if step is not None:
                 self._step_down(step)
 
-    def health(self) -> list[str]:
-        """What is wrong right now, one line a trouble."""
-        troubles = [f"{o.account.hop}: {trouble}" for o in self.outputs if (trouble := o.health())]
+    def troubles(self) -> list[str]:
+        """What outputs complain of right now, and what was shed: the recording goes on all the same."""
+        told = [f"{o.account.hop}: {trouble}" for o in self.outputs if (trouble := o.health())]
+        return [*told, *(f"family {family} was shed" for family in self._shed)]
+
+    def failures(self) -> list[str]:
+        """Why this is no recording to rely on, empty if it is."""
+        failed = list(self.summary.violations)
         if self._detached:
-            troubles.append("detached: not recording")
-        return [*troubles, *self.summary.violations]
+            failed.append("detached: not recording")
+        if self.ticked_mono_ns and time.monotonic_ns() - self.ticked_mono_ns > _STUCK_NS:
+            failed.append("the rings have not been drained for more than 10 s")
+        return failed
+
+    def source_stats(self) -> Mapping[str, Any]:
+        """The source's own counters."""
+        return self._source.stats()
 
     @property
     def shed(self) -> Sequence[str]:
@@ -280,7 +295,7 @@ class Agent:
             self._source.close()
             for output in self.outputs:
                 output.finish(_FINISH_TIMEOUT_S)
-                self.summary.lost.update(output.account.dropped)
+                self.summary.lost.update(+output.account.dropped)
             self._check(final=self.summary.error is None)
             for end in (self._wake_read, self._wake_write):
                 os.close(end)

@@ -37,11 +37,10 @@ from typing import Final, Self
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from events.errors import CaptureFormatError, FrameError, ProbeError
 from events.frames import Frame, Watermark
-from events.records import LOSSES
+from events.records import LOSSES, rows_to_arrow
 from probe.framing import Sealed, loss_row, seal
 
 __all__ = ["VERSION", "CaptureReader", "CaptureWriter", "Damage", "Entry"]
@@ -478,6 +477,6 @@ def _stand_in(lost: Sequence[Entry], *, before: Frame | None, after: Frame | Non
         start = entry.first_mono_ns if known else 0 if before is None else before.watermark.node_mono_ns
         end = entry.last_mono_ns if known else max(like.watermark.node_mono_ns, like.clocks.mono_ns)
         rows.append(loss_row("damaged", "capture", from_mono_ns=start, to_mono_ns=max(start, end), count=_events(entry)))
-    batch = pa.RecordBatch.from_pylist(rows, schema=LOSSES)
+    batch = rows_to_arrow(rows, LOSSES)
     watermark = Watermark(0) if before is None else before.watermark
     yield replace(like, kind="losses/1", number=lost[0].number, watermark=watermark, batch=batch, body={})

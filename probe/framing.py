@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from events.frames import SCHEMAS, Clocks, Frame, Watermark, empty_events, events_frame
-from events.records import LOSSES, TASKS
+from events.records import LOSSES, TASKS, numbers_of, rows_to_arrow
 
 __all__ = ["MAX_FRAME_BYTES", "Framer", "Row", "Sealed", "concatenate", "loss_row", "read_clocks", "seal"]
 
@@ -79,9 +79,16 @@ def _span(frame: Frame) -> tuple[int, int]:
     columns = _SPAN_COLUMNS.get(frame.kind)
     if columns is None or frame.batch.num_rows == 0:
         return frame.clocks.mono_ns, frame.clocks.mono_ns
-    first, last = (frame.batch.column(c).drop_null().to_numpy(zero_copy_only=False) for c in columns)
+    first, last = (_known(frame.batch.column(c)) for c in columns)
     now = frame.clocks.mono_ns
     return int(first.min()) if first.size else now, int(last.max()) if last.size else now
+
+
+def _known(column: pa.Array) -> npt.NDArray[np.int64]:
+    """The values that are not null."""
+    if column.null_count == 0:
+        return numbers_of(column)
+    return np.array([v for v in column.to_pylist() if v is not None], dtype=np.int64)
 
 
 def seal(frame: Frame) -> Sealed:
@@ -109,12 +116,12 @@ class Framer:
     def tasks(self, rows: Sequence[Row]) -> Iterator[Sealed]:
         """Frames of task rows."""
         for at in range(0, len(rows), _TASK_ROWS):
-            yield self._seal("tasks/1", pa.RecordBatch.from_pylist(list(rows[at : at + _TASK_ROWS]), schema=TASKS))
+            yield self._seal("tasks/1", rows_to_arrow(rows[at : at + _TASK_ROWS], TASKS))
 
     def losses(self, rows: Sequence[Row]) -> Iterator[Sealed]:
         """A frame of loss rows, if there are any."""
         if rows:
-            yield self._seal("losses/1", pa.RecordBatch.from_pylist(list(rows), schema=LOSSES))
+            yield self._seal("losses/1", rows_to_arrow(rows, LOSSES))
 
     def events(self, columns: Mapping[str, npt.NDArray[Any]], watermark: Watermark, rows_max: int) -> Iterator[Sealed]:
         """Frames of at most `rows_max` events; the last one (there is always one) carries `watermark`."""

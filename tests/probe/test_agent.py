@@ -244,7 +244,7 @@ def test_an_account_that_does_not_add_up_is_told(capsys):
 
     assert len(summary.violations) == 1
     assert "hop kept: 44 events came in, but 0 delivered + 0 pending + dropped (none) make 0" in summary.violations[0]
-    assert agent.health() == summary.violations
+    assert agent.failures() == summary.violations
     assert "accounts do not add up" in capsys.readouterr().err
 
 
