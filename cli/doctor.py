@@ -93,5 +93,6 @@ def _line(item: tuple[str, dict[str, Any]]) -> list[str]:
 
     name, state = item
     total = len(state["present"]) + len(state["missing"])
-    absent = ", ".join(state["missing"][:2]) + (f" and {len(state['missing']) - 2} more" if len(state["missing"]) > 2 else "")
+    absent, more = ", ".join(state["missing"][:2]), len(state["missing"]) - 2
+    absent += f" and {more} more" if more > 0 else ""
     return [_mark(state["attached"], True), name, f"{len(state['present'])}/{total}", absent or "-", FAMILIES[name].purpose]

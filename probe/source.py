@@ -140,6 +140,8 @@ class KernelSource:
         groups = any(s.kind in ("cgroup", "container") for s in self._watch)
         self._maps.configure(hierarchy=self._hierarchy, comms=comms, ports=ports, cgroups=groups)
         self._table.fill(FLAG_WATCHED if self._watches_all else 0)
+        for pid in (os.getpid(), *self._exclude):  # before the first event; their descendants follow below
+            self._table.exclude(pid)
         self._watch_groups(self._cgroups.paths)
         self._programs.attach()
         self.started_mono_ns = self._polled_mono_ns = self._drained_mono_ns = time.monotonic_ns()
