@@ -139,10 +139,12 @@ class Demo:
 
     def _start(self, name: str, command: Sequence[str]) -> _Child:
         log = self.folder / f"{name}.log"
+        # A process group of its own keeps a Ctrl-C away from the child. Not a session of its own: the scheduler's autogroups
+        # give every session an equal share, and the batch job's priority would mean nothing to the service.
         with log.open("ab") as out:
             process = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=self._environment(),
-                start_new_session=True,
+                process_group=0,
             )
         child = _Child(name, process, log)
         self._children.append(child)
