@@ -29,6 +29,56 @@ for line in sys.stdin:
     print("done", flush=True)
 """
 
+CONNECT = """
+import socket, sys
+sys.stdin.readline()
+s = socket.create_connection(("127.0.0.1", PORT))
+s.send(b"x" * 100)
+print(s.getsockname()[1], flush=True)
+sys.stdin.readline()
+"""
+
+RENAME = """
+import os, sys
+for line in sys.stdin:
+    p = f"FOLDER/kprobe-{os.getpid()}"
+    open(p, "w").close()
+    for i in range(4000):
+        os.rename(p, p + "x")
+        os.rename(p + "x", p)
+    os.unlink(p)
+    print("done", flush=True)
+"""
+
+FUTEX = """
+import ctypes, sys
+libc = ctypes.CDLL(None)
+word = (ctypes.c_uint32 * 4)(23, 0, 77, 0)
+sys.stdin.readline()
+libc.syscall(202, ctypes.c_void_p(ctypes.addressof(word)), 0, 24, None)
+print(ctypes.addressof(word), flush=True)
+sys.stdin.readline()
+"""
+
+LISTEN = """
+import socket, sys
+s = socket.socket()
+s.bind(("127.0.0.1", 0))
+print(s.getsockname()[1], flush=True)
+sys.stdin.readline()
+s.listen()
+print("done", flush=True)
+sys.stdin.readline()
+"""
+
+BRACKET = """
+import os, sys, time
+for line in sys.stdin:
+    a = time.monotonic_ns()
+    os.getppid()
+    print(a, time.monotonic_ns(), flush=True)
+"""
+
 
 def run_queue_ns(recording, tid):
     """Time that a thread was runnable but not running: from wake-up or preemption to its switch-in."""
@@ -56,7 +106,10 @@ def test_run_queue_delay_is_that_of_schedstat(record, helper):
     delay = Path(f"/proc/{spinners[0].pid}/schedstat")
     recording = record(*(f"pid:{s.pid}" for s in spinners))
     recording.catch_up()
-    asleep = lambda: all(Path(f"/proc/{s.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "S" for s in spinners)
+
+    def asleep():
+        return all(Path(f"/proc/{s.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "S" for s in spinners)
+
     wait_until(asleep, "both spinners wait")
     before = int(delay.read_text().split()[1])
 
@@ -176,9 +229,7 @@ def test_a_connection_has_the_programs_addresses_and_one_identity(record, helper
     """The socket of a system call is the socket of its state changes and of its packets."""
     server = socket.create_server(("127.0.0.1", 0))
     port = server.getsockname()[1]
-    client = helper.python(
-        f"import socket, sys; sys.stdin.readline(); s = socket.create_connection(('127.0.0.1', {port})); s.send(b'x' * 100); print(s.getsockname()[1], flush=True); sys.stdin.readline()"
-    )
+    client = helper.python(CONNECT.replace("PORT", str(port)))
     recording = record(f"pid:{client.pid}")
 
     local = int(client.tell())
@@ -243,8 +294,7 @@ def test_a_contended_mutex_names_its_owner(record, helper):
     if not recording.has("locks"):
         assert "lock_holder" in recording.source.session()["capabilities"]["unavailable_causes"]
         return
-    folder = "/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"
-    text = f"import os\nfor line in open(0):\n p = '{folder}/kprobe-%d' % os.getpid()\n open(p, 'w').close()\n for i in range(4000): os.rename(p, p + 'x'); os.rename(p + 'x', p)\n os.unlink(p)\n print('done', flush=True)"
+    text = RENAME.replace("FOLDER", "/dev/shm" if os.path.isdir("/dev/shm") else "/tmp")
     pair = [helper.python(text) for _ in range(2)]
     pids = {p.pid for p in pair}
 
@@ -262,11 +312,7 @@ def test_a_contended_mutex_names_its_owner(record, helper):
 
 
 def test_a_futex_wait_tells_the_word_it_read(record, helper):
-    text = (
-        "import ctypes, sys\nlibc = ctypes.CDLL(None)\nword = (ctypes.c_uint32 * 4)(23, 0, 77, 0)\nsys.stdin.readline()\n"
-        "libc.syscall(202, ctypes.c_void_p(ctypes.addressof(word)), 0, 24, None)\nprint(ctypes.addressof(word), flush=True)\nsys.stdin.readline()"
-    )
-    waiter = helper.python(text)
+    waiter = helper.python(FUTEX)
     recording = record(f"pid:{waiter.pid}")
 
     address = int(waiter.tell())
@@ -323,8 +369,7 @@ def test_a_watched_cgroup_takes_in_who_joins(record, quota_group, helper):
 
 
 def test_a_watched_port_takes_in_its_server_and_its_clients(record, helper):
-    text = "import socket, sys\ns = socket.socket()\ns.bind(('127.0.0.1', 0))\nprint(s.getsockname()[1], flush=True)\nsys.stdin.readline()\ns.listen()\nprint('done', flush=True)\nsys.stdin.readline()"
-    server = helper.python(text)
+    server = helper.python(LISTEN)
     port = int(server.process.stdout.readline())
     recording = record(f"port:{port}")
 
@@ -337,9 +382,7 @@ def test_a_watched_port_takes_in_its_server_and_its_clients(record, helper):
 
 
 def test_time_and_numbers_are_of_the_monotonic_clock(record, helper):
-    program = helper.python(
-        "import os, time\nfor line in open(0):\n a = time.monotonic_ns(); os.getppid(); print(a, time.monotonic_ns(), flush=True)"
-    )
+    program = helper.python(BRACKET)
     recording = record(f"pid:{program.pid}")
     brackets = [tuple(map(int, program.tell().split())) for _ in range(23)]
 

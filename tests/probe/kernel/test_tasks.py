@@ -142,7 +142,8 @@ REUSE = """
 import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)
 class Args(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_uint64) for n in "flags pidfd child_tid parent_tid exit_signal stack stack_size tls set_tid n cgroup".split()]
+    names = "flags pidfd child_tid parent_tid exit_signal stack stack_size tls set_tid n cgroup"
+    _fields_ = [(n, ctypes.c_uint64) for n in names.split()]
 want = os.fork() or os._exit(0)
 os.waitpid(want, 0)
 for _ in range(2):
