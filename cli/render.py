@@ -18,6 +18,7 @@ _BAR_CELLS: Final = 24
 _EIGHTHS: Final = " ▏▎▍▌▋▊▉█"
 _LEDGER_ROWS_MAX: Final = 20
 _EVIDENCE_MAX: Final = 3
+_CULPRITS_MAX: Final = 4
 _UNITS: Final = ((10**9, "s"), (10**6, "ms"), (10**3, "us"))
 _STYLES: Final[Mapping[str, str]] = {
     "late": "31;1",
@@ -140,8 +141,10 @@ def _cause(cause: Mapping[str, Any], paint: Any) -> Iterator[str]:
     head = f"cause {cause['rank']}: {cause['kind']}{who}"
     yield paint("head", head) + f", {format_ns(cause['ns'])}, {cause['confidence']}; without it {without}"
     others = [each for each in cause.get("culprits") or [] if each["task"] != cause["culprit"]]
-    for each in others[:_LEDGER_ROWS_MAX]:
+    for each in others[:_CULPRITS_MAX]:
         yield f"  also {task_name(each['task'])}, {format_ns(each['ns'])}"
+    if rest := others[_CULPRITS_MAX:]:
+        yield f"  and {len(rest)} more, {format_ns(sum(each['ns'] for each in rest))} together"
     for step in cause["chain"]:
         ends = f"{task_name(step['from']) or '?'} -> {task_name(step['to']) or '?'}"
         yield f"  {step['edge']}: {ends}, {format_ns(step['ns'])}"
