@@ -507,7 +507,10 @@ def main(arguments: list[str]) -> None:
     """Serve FOLDER on PORT until SIGTERM."""
     folder, port = Path(arguments[0]), int(arguments[1])
     user = os.environ.get("KPROBE_LOCAL_CLICKHOUSE_USER") or "default"
-    engine = Engine(folder / "data")
+    try:
+        engine = Engine(folder / "data")
+    except RuntimeError as error:
+        sys.exit(f"cannot open {folder / 'data'}: {str(error).splitlines()[0]}")
     server = Server(port, engine, user, os.environ.get("KPROBE_LOCAL_CLICKHOUSE_PASSWORD", ""))
     # `shutdown` waits for the loop, which runs in this thread, the one that signals interrupt: it needs another.
     for number in (signal.SIGTERM, signal.SIGINT):
