@@ -65,6 +65,7 @@ class Segment:
     def __init__(self, columns: Columns) -> None:
         self.columns = columns
         self.time: Ints = columns["time_mono_ns"]
+        self._by_cpu: dict[tuple[str, int], npt.NDArray[Any]] = {}
 
     def __len__(self) -> int:
         return len(self.time)
@@ -129,9 +130,15 @@ class Segment:
 
     def switch_rows(self, cpu: int) -> npt.NDArray[Any]:
         """Row numbers of the switches on one CPU, ascending."""
-        grouped, rows = self._switches
-        chosen: npt.NDArray[Any] = rows[_pick(grouped, cpu)]
-        return chosen
+        return self._of_cpu("switches", cpu)
+
+    def _of_cpu(self, what: str, cpu: int) -> npt.NDArray[Any]:
+        """Copied out of the index once a CPU: every wake-up that is explained asks for them."""
+        held = self._by_cpu.get((what, cpu))
+        if held is None:
+            grouped, rows = self._switches if what == "switches" else self._frames
+            held = self._by_cpu[what, cpu] = rows[_pick(grouped, cpu)]
+        return held
 
     @cached_property
     def _frames(self) -> tuple[tuple[Any, Any, Any], npt.NDArray[Any]]:
@@ -142,9 +149,7 @@ class Segment:
 
     def frame_rows(self, cpu: int) -> npt.NDArray[Any]:
         """Row numbers of entries and exits of interrupt context on one CPU, ascending."""
-        grouped, rows = self._frames
-        chosen: npt.NDArray[Any] = rows[_pick(grouped, cpu)]
-        return chosen
+        return self._of_cpu("frames", cpu)
 
     @cached_property
     def _cpus(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
