@@ -146,19 +146,27 @@ def without(roots: Sequence[Root], cause: Cause, duration_ns: int, woken: Sequen
     """[low, high] ns that the operation would have taken without a cause. `woken`: (time, thread) that its thread woke."""
     removed = {id(r) for r in cause.roots}
     low = duration_ns - cause.ns
-    saved, since = 0, 0
+    saved, since, wait_start, last_end = 0, 0, 0, -1
     for root in roots:
+        if not (root.label.startswith("wait.") and root.start_mono_ns == last_end):
+            wait_start = root.start_mono_ns
+        last_end = root.end_mono_ns
         if id(root) in removed:
             saved += root.ns
             since = max(since, root.start_mono_ns)
-        elif saved and _independent(root, since, woken):
+        elif saved and _independent(root, since, woken, within=since >= wait_start):
             saved = 0
     return low, duration_ns - saved
 
 
-def _independent(root: Root, since: int, woken: Sequence[tuple[int, Key]]) -> bool:
-    """Does this wait end at a time that does not depend on when the operation began to wait?"""
+def _independent(root: Root, since: int, woken: Sequence[tuple[int, Key]], *, within: bool) -> bool:
+    """Does this wait end at a time that does not depend on when the operation began to wait, or on what was taken away?
+
+    `within`: what was taken away lies in this same wait; then what the same thread did or stood in line for moves along.
+    """
     if not root.label.startswith("wait.") or root.label.startswith(_OWN_WAITS):
         return False
+    if within:
+        return root.mechanism in ("sleep", "net", "unknown")
     others = {h.other for h in root.hops}
     return not any(time >= since and key in others and time <= root.end_mono_ns for time, key in woken)

@@ -267,6 +267,7 @@ class Timeline:
         self._tgids: dict[Key, int] = {}
         self._cgroups: dict[Key, int] = {}
         self._subjects: dict[int, Rows] = {}
+        self._starts: dict[int, npt.NDArray[Any]] = {}
         self._cpus: list[int] | None = None
         self._ids = f"{node}/{boot_id}/"
 
@@ -376,7 +377,7 @@ class Timeline:
     def task_at(self, tid: int, time_mono_ns: int) -> Key:
         """Which life of `tid` was there at a time: by the scheduler events nearest to it, else by the task rows."""
         rows = self._subject(tid)
-        starts = self._starts_of(tid, rows)
+        starts = self._subject_starts(tid)
         if len(starts):
             after = int(np.searchsorted(rows.time, time_mono_ns))
             later = starts[after:]
@@ -393,6 +394,12 @@ class Timeline:
             if told <= time_mono_ns or start == lives[0][0]:
                 return (tid, start)
         return (tid, 0)
+
+    def _subject_starts(self, tid: int) -> npt.NDArray[Any]:
+        held = self._starts.get(tid)
+        if held is None:
+            held = self._starts[tid] = self._starts_of(tid, self._subject(tid))
+        return held
 
     def _ended(self, tid: int, start_boot_ns: int) -> int | None:
         rows = self._subject(tid)
@@ -510,6 +517,11 @@ class Timeline:
                 continue
             if roles[cause] == OUT and int(prev_state[cause]) & _DEAD and state in (BLOCKED, UNKNOWN):
                 break
+            unseen = None
+            if state == RUNNING and not is_open and self._next_role(roles, cause) != OUT:
+                seen_until = self._switched_away(int(cpus[cause]), start, end)
+                if seen_until < end:
+                    unseen, end = (seen_until, end), seen_until
             wake = self._wake(rows, wake_row) if wake_row >= 0 else None
             places: tuple[tuple[int, int], ...] = ()
             unplaced = False
@@ -525,7 +537,19 @@ class Timeline:
                     throttled=throttled, places=places, unplaced=unplaced, role=int(roles[cause]),
                 )
             )
+            if unseen is not None:
+                result.append(Interval(*unseen, UNKNOWN, int(cpus[cause]), (rows.id(cause),)))
         return result
+
+    @staticmethod
+    def _next_role(roles: npt.NDArray[Any], row: int) -> int:
+        """The role of the next row that defines a state."""
+        return next((int(r) for r in roles[row + 1 :] if int(r) in (IN, OUT, FORK)), -1)
+
+    def _switched_away(self, cpu: int, start: int, end: int) -> int:
+        """When the CPU's next switch says that the thread switched in at `start` no longer ran there, at the latest `end`."""
+        switches = self._select(start + 1, end, lambda s: s.switch_rows(cpu))
+        return int(switches.time[0]) if len(switches) else end
 
     def _prefix(self, rows: Rows, roles: npt.NDArray[Any], target: npt.NDArray[Any]) -> list[Interval]:
         """What the first event of a thread proves about the time before it, where everything was recorded."""
@@ -632,9 +656,14 @@ class Timeline:
         for i in range(len(rows)):
             begin = max(int(time[i]), start_mono_ns)
             end = min(int(time[i + 1]) if i + 1 < len(rows) else end_mono_ns, end_mono_ns)
-            if begin < end:
+            if begin < end and not (i + 1 < len(rows) and self._broken(rows, i)):
                 out.append(self._occupant(rows, i, begin, end, previous=False))
         return out
+
+    def _broken(self, rows: Rows, i: int) -> bool:
+        """Is a switch missing after row i? Then the next one leaves another thread than this one entered."""
+        entered, left = int(rows["a0"][i]) & 0xFFFFFFFF, int(rows["tid"][i + 1])
+        return entered != left
 
     def _switches_around(self, cpu: int, start: int, end: int) -> Rows:
         """Switches on a CPU in [start, end), with the last one before and, if there is none before, the first one after."""
