@@ -94,12 +94,6 @@ def main(argv: list[str] | None = None) -> None:
             raise
         print(f"kprobe: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # The reader of our output went away (`kprobe events X | head`): that is not an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-
-
 
 
 if __name__ == "__main__":
