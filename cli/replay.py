@@ -1,0 +1,47 @@
+"""`kprobe replay`: record a program so that it can run again; replay it; prove a fix against it."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+Recording = Annotated[Path, typer.Argument(metavar="DIR", help="A recording made by `kprobe replay record`.")]
+
+
+@app.callback()
+def _replay() -> None:
+    """Replay an incident; prove a fix against it."""
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def record(
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="A new folder for the recording.")],
+    command: Annotated[list[str], typer.Argument(metavar="-- CMD ARG...")],
+) -> None:
+    """Record a program and all that it starts, so that it can run again.
+
+    The program's input and output are passed through; its exit status is returned, 128 + N for signal N.
+    """
+    from replay.recorder import record as run
+
+    sys.exit(run(command, output))
+
+
+@app.command()
+def run(
+    recording: Recording,
+    scale: Annotated[float, typer.Option(help="Pace: 1 takes as long as the recording, 0 does not wait at all.")] = 0.0,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document instead of the program's output.")] = False,
+) -> None:
+    """Run a recording again, and say where it leaves the recording.
+
+    Exit status: the program's own when the run is identical; 3 when it left the recording.
+    """
+    from replay import report
+
+    sys.exit(report.run(recording, scale=scale, as_json=json))

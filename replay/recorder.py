@@ -1,0 +1,765 @@
+"""The traced recorder: runs a program and its whole process tree, one thread at a time, and logs all that enters it.
+
+What: `record(command, folder)` writes a recording (see `log`) and returns the program's exit status. stdin, stdout and
+stderr are the caller's own. Threads and processes are really created, but only one runs in user code at a time and changes
+only at calls (or, for a thread that spins without calls, at a point whose registers repeat), so that the log's one
+order is the order of everything.
+Guarantees: the program's own results are never altered, except: rseq, io_uring, legacy AIO, perf events and userfaultfd
+answer ENOSYS; splice to standard output answers EINVAL. A call without a model runs, and the recording says by name that
+it cannot be replayed.
+Fails: `InputError` for a command that cannot be run or an output folder in use.
+"""
+
+import json
+import os
+import platform
+import resource
+import shutil
+import signal
+import struct
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from events.errors import InputError
+from events.syscalls import NUMBERS
+from replay import log, ptrace, syscalls
+from replay.fds import FdTable, follow
+from replay.log import Kind
+from replay.tracee import Process, Thread, answer_trap, launch, native_trap, trapped_instruction
+
+__all__ = ["record"]
+
+_TICK_S: Final = 0.02
+_ASYNC_PATIENCE_TICKS: Final = 3
+_SPIN_STEPS: Final = 400
+_QUANTUM_CALLS: Final = 3000
+_SYNCHRONOUS: Final = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP}
+_STOPPING: Final = {signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
+_MAP_ANONYMOUS, _MAP_SHARED_BITS, _PROT_WRITE = 0x20, 0x3, 2
+_EINVAL: Final = -22
+_EXIT, _EXIT_GROUP, _EXECVE = NUMBERS["exit"], NUMBERS["exit_group"], NUMBERS["execve"]
+_CLONES: Final = {NUMBERS[n] for n in ("fork", "vfork", "clone", "clone3")}
+_SWITCH: Final = {NUMBERS[n] for n in ("sched_yield", "nanosleep", "clock_nanosleep")}
+_MMAP: Final = NUMBERS["mmap"]
+_SPLICES: Final = {NUMBERS["splice"]: 2, NUMBERS["tee"]: 1, NUMBERS["copy_file_range"]: 2, NUMBERS["vmsplice"]: 0}
+_SENDFILE: Final = NUMBERS["sendfile"]
+_CLOCKS: Final = {0, 1, 4, 5, 6, 7, 11}
+_STANDARD: Final = {"stdout", "stderr"}
+
+
+class _Recorded(Thread):
+    """A thread, with what the recorder has to remember about it."""
+
+    def __init__(self, tid: int, index: int, process: Process, table: FdTable) -> None:
+        super().__init__(tid, index, process)
+        self.table = table
+        self.status: int | None = None  # a stop that has not been handled yet
+        self.entered = False  # a call was let into the kernel and its exit is outstanding
+        self.payload = b""
+        self.boundary: tuple[int, int] | None = None  # (rip, rsp) behind the last call: a signal here is at a boundary
+        self.held: deque[tuple[int, bytes]] = deque()  # signals that came in user code
+        self.ticks = 0
+        self.preempted = False
+        self.last_nr = -1
+
+
+class Recorder:
+    """Runs the tree to its end."""
+
+    def __init__(self, folder: Path, cpu: int, affinity: set[int]) -> None:
+        self.folder = folder
+        self.writer = log.LogWriter(folder)
+        self.blobs = log.BlobStore(folder)
+        self.cpu = cpu
+        self.affinity = sum(1 << n for n in affinity)
+        self.threads: dict[int, _Recorded] = {}
+        self.ready: deque[_Recorded] = deque()
+        self.early: dict[int, int] = {}
+        self.next_index = 0
+        self.refused: list[str] = []
+        self.notes: set[str] = set()
+        self.root_status: int | None = None
+        self.root_tid = 0
+        self.calls = 0
+        self.t0_ns = time.monotonic_ns()
+
+    # ---- the loop -------------------------------------------------------------------------------------------------
+
+    def run(self, pid: int) -> None:
+        """From the first exec stop to the last death."""
+        process = Process(pid)
+        first = self._add(pid, process, FdTable())
+        self.root_tid = pid
+        self._after_exec(first, os.fsencode("/proc/self/exe"))
+        self.writer.add(Kind.EXEC, first.index, _EXECVE, 0, 0, pieces=self._exec_pieces(first))
+        first.status = None
+        self._resume(first)
+        self._drive(first)
+        while self.threads:
+            thread = self._next_ready()
+            if thread is not None:
+                self._drive(thread)
+        self.writer.close()
+
+    def _add(self, tid: int, process: Process, table: FdTable) -> _Recorded:
+        thread = _Recorded(tid, self.next_index, process, table)
+        self.next_index += 1
+        self.threads[tid] = thread
+        return thread
+
+    def _next_ready(self) -> _Recorded | None:
+        while True:
+            got = ptrace.wait(-1, ptrace.WALL | ptrace.WNOHANG)
+            if got is None or got[0] == 0:
+                break
+            self._arrived(*got)
+        while not self.ready:
+            got = ptrace.wait(-1)
+            if got is None:
+                continue
+            if got[0] == 0:
+                self.threads.clear()
+                return None
+            self._arrived(*got)
+        thread = self.ready.popleft()
+        return thread if thread.tid in self.threads else None
+
+    def _arrived(self, tid: int, status: int) -> None:
+        thread = self.threads.get(tid)
+        if thread is None:
+            self.early[tid] = status
+        elif os.WIFEXITED(status) or os.WIFSIGNALED(status):
+            self._death(thread, status)
+        else:
+            thread.status = status
+            self.ready.append(thread)
+
+    def _drive(self, thread: _Recorded) -> None:
+        """Run one thread until it blocks, ends or has had its share."""
+        self.calls_at = self.calls
+        try:
+            while True:
+                status = thread.status
+                thread.status = None
+                if status is None:
+                    status = self._wait_user(thread)
+                if os.WIFEXITED(status) or os.WIFSIGNALED(status):
+                    self._death(thread, status)
+                    return
+                if not self._on_stop(thread, status):
+                    return
+        except ptrace.Gone:
+            self._await_death(thread)
+
+    def _await_death(self, thread: _Recorded) -> None:
+        while thread.tid in self.threads:
+            got = ptrace.wait(-1)
+            if got is None:
+                continue
+            if got[0] == 0:
+                self.threads.pop(thread.tid, None)
+                return
+            self._arrived(*got)
+
+    def _wait_user(self, thread: _Recorded) -> int:
+        """Wait for a thread that runs; on each tick look whether it spins while others or signals wait."""
+        while True:
+            got = ptrace.wait(thread.tid)
+            if got is None:
+                self._tick(thread)
+            elif got[0] == 0:
+                raise ptrace.Gone(thread.tid)
+            else:
+                return got[1]
+
+    def _tick(self, thread: _Recorded) -> None:
+        thread.ticks += 1
+        if thread.ticks < _ASYNC_PATIENCE_TICKS:
+            return
+        if not thread.held and len(self.threads) == 1:
+            return
+        if thread.entered or not (thread.held or self._others_wait()):
+            return
+        thread.ticks = 0
+        ptrace.request(ptrace.INTERRUPT, thread.tid)
+
+    def _others_wait(self) -> bool:
+        while True:
+            got = ptrace.wait(-1, ptrace.WALL | ptrace.WNOHANG)
+            if got is None or got[0] == 0:
+                return bool(self.ready)
+            self._arrived(*got)
+            if self.ready and self.ready[-1].tid == got[0] and self.threads.get(got[0]) is self._running:
+                self.ready.pop()
+                return False
+
+    _running: "_Recorded | None" = None
+
+    # ---- stops ----------------------------------------------------------------------------------------------------
+
+    def _on_stop(self, thread: _Recorded, status: int) -> bool:
+        """Handle one stop; True: the thread runs on and is waited for, False: another thread's turn."""
+        self._running = thread
+        event = status >> 16
+        if event == ptrace.EVENT_SECCOMP:
+            return self._entry(thread)
+        if os.WSTOPSIG(status) == ptrace.SYSCALL_STOP:
+            return self._exit(thread)
+        if event in (ptrace.EVENT_FORK, ptrace.EVENT_VFORK, ptrace.EVENT_CLONE):
+            return self._spawned(thread, event)
+        if event == ptrace.EVENT_EXEC:
+            return self._executed(thread)
+        if event == ptrace.EVENT_STOP:
+            return self._event_stop(thread, os.WSTOPSIG(status))
+        return self._signal(thread, os.WSTOPSIG(status))
+
+    def _now(self) -> int:
+        return time.monotonic_ns() - self.t0_ns
+
+    def _resume(self, thread: _Recorded, number: int = 0) -> None:
+        thread.ticks = 0
+        ptrace.request(ptrace.CONT, thread.tid, 0, number)
+
+    def _entry(self, thread: _Recorded) -> bool:
+        thread.load_call()
+        nr = thread.nr
+        shape = syscalls.MODELS.get(nr)
+        if shape is None or shape.kind == "refuse":
+            self._refuse(f"{syscalls.name_of(nr)} is not modelled")
+            shape = None
+        thread.payload = syscalls.input_of(shape, thread.process, thread.args) if shape else b""
+        if nr in _EMULATED and _EMULATED[nr](self, thread):
+            return True
+        if thread.held:
+            number, _ = thread.held[0]
+            ptrace.tgkill(thread.process.tgid, thread.tid, number)
+        if nr in (_EXIT, _EXIT_GROUP):
+            return self._leave(thread)
+        if nr in _SPLICES and self._to_standard_output(thread, _SPLICES[nr]):
+            thread.skip_call(_EINVAL)
+            return self._finish(thread, _EINVAL)
+        thread.entered = True
+        ptrace.request(ptrace.SYSCALL, thread.tid)
+        if shape is not None and shape.kind != "block" and nr not in _CLONES:
+            return True
+        return self._try_finish(thread, nr)
+
+    def _try_finish(self, thread: _Recorded, nr: int) -> bool:
+        """A call that may block: does it end at once? If not, and others can run, it is their turn."""
+        if len(self.threads) == 1 and not nr in _CLONES:
+            return True
+        for _ in range(2):
+            os.sched_yield()
+            got = ptrace.wait(thread.tid, ptrace.WALL | ptrace.WNOHANG)
+            if got is not None and got[0]:
+                thread.status = got[1]
+                if nr in _SWITCH and self._others_wait():
+                    self.ready.append(thread)
+                    return False
+                return True
+        return False
+
+    def _to_standard_output(self, thread: _Recorded, index: int) -> bool:
+        return thread.table.label(thread.args[index]) in _STANDARD
+
+    def _exit(self, thread: _Recorded) -> bool:
+        thread.entered = False
+        return self._finish(thread, ptrace.peek_result(thread.tid), stopped=True)
+
+    def _finish(self, thread: _Recorded, result: int, stopped: bool = False) -> bool:
+        """Log a finished call and let the thread run on."""
+        nr, args = thread.nr, thread.args
+        shape = syscalls.MODELS.get(nr)
+        if nr == syscalls.RESTART_SYSCALL and thread.last_nr >= 0:
+            shape = syscalls.MODELS.get(thread.last_nr)
+        elif nr != syscalls.RESTART_SYSCALL:
+            thread.last_nr = nr
+        pieces: list[bytes] = []
+        if shape is not None:
+            memory = thread.process
+            pieces = [memory.read(*region) for region in syscalls.output_regions(shape, memory, args, result)]
+            pieces += self._extras(thread, shape, result)
+        self.writer.add(Kind.CALL, thread.index, nr, result, self._now(), args, log.digest_payload(thread.payload), pieces)
+        if shape is not None:
+            follow(thread.table, shape.name, args, result, thread.payload, pieces)
+        self.calls += 1
+        thread.boundary = (thread.regs[ptrace.RIP], thread.regs[ptrace.RSP])
+        self._resume(thread)
+        return True
+
+    def _extras(self, thread: _Recorded, shape: syscalls.Model, result: int) -> list[bytes]:
+        if shape.nr == _MMAP and result >= 0 or shape.nr == _MMAP and result < -4095:
+            return self._mapped(thread)
+        if shape.nr == _SENDFILE and result > 0 and self._to_standard_output(thread, 0):
+            return [self._sent(thread, result)]
+        if shape.name == "ioctl" and result >= 0 and not syscalls.ioctl_known(thread.args[1]):
+            self._refuse(f"ioctl {thread.args[1] & 0xFFFFFFFF:#x} on {thread.table.label(thread.args[0]) or 'a descriptor'} is not modelled")
+        if shape.name == "prctl":
+            return _prctl_output(thread, result)
+        if shape.name == "prlimit64" and result >= 0 and thread.args[3]:
+            return [thread.process.read(thread.args[3], 16)]
+        return []
+
+    def _mapped(self, thread: _Recorded) -> list[bytes]:
+        """The content behind a file mapping, by hash."""
+        _, _, prot, flags, fd, _ = thread.args
+        fd &= 0xFFFFFFFF
+        if flags & _MAP_ANONYMOUS or fd >= 1 << 31:
+            return []
+        label = thread.table.label(fd)
+        try:
+            own = os.open(f"/proc/{thread.tid}/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            self._refuse(f"mmap of {label or fd}: content cannot be read ({error.strerror})")
+            return []
+        try:
+            info = os.fstat(own)
+            if (info.st_mode & 0o170000) == 0o020000:
+                if info.st_rdev != os.makedev(1, 5):
+                    self._refuse(f"mmap of the device {label or fd} is not modelled")
+                return [b"zero"]
+            name = self.blobs.add_fd(own)
+        finally:
+            os.close(own)
+        shared = flags & _MAP_SHARED_BITS in (1, 3)
+        if shared:
+            identity = f"{info.st_dev:x}-{info.st_ino:x}"
+            self.notes.add(f"shared mapping of {label or identity}: changes by processes outside the recording are not seen")
+            return [name.encode(), identity.encode()]
+        return [name.encode()]
+
+    def _sent(self, thread: _Recorded, result: int) -> bytes:
+        own = os.open(f"/proc/{thread.tid}/fd/{thread.args[1] & 0xFFFFFFFF}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if thread.args[2]:
+                end = int.from_bytes(thread.process.read(thread.args[2], 8), "little")
+            else:
+                fields = Path(f"/proc/{thread.tid}/fdinfo/{thread.args[1] & 0xFFFFFFFF}").read_text().split()
+                end = int(fields[1])
+            return os.pread(own, result, end - result)
+        finally:
+            os.close(own)
+
+    def _refuse(self, reason: str) -> None:
+        if reason not in self.refused:
+            self.refused.append(reason)
+
+    # ---- processes ------------------------------------------------------------------------------------------------
+
+    def _spawned(self, thread: _Recorded, event: int) -> bool:
+        tid = ptrace.event_message(thread.tid)
+        status = self.early.pop(tid, None)
+        while status is None:
+            got = ptrace.wait(tid)
+            status = got[1] if got and got[0] else None
+            if got and got[0] == 0:
+                raise ptrace.Gone(thread.tid)
+        flags = self._clone_flags(thread)
+        same_process, shares_memory = bool(flags & 0x10000), bool(flags & 0x100)
+        process = thread.process if same_process else Process(tid)
+        table = thread.table if flags & 0x400 else thread.table.copy()
+        child = self._add(tid, process, table)
+        child.status = status
+        if os.WIFSTOPPED(status):
+            self.ready.append(child)
+        self.writer.add(
+            Kind.SPAWN, thread.index, thread.nr, child.index, self._now(), (same_process, shares_memory, flags, tid, 0, 0)
+        )
+        ptrace.request(ptrace.SYSCALL, thread.tid)
+        return True if event != ptrace.EVENT_VFORK else self._try_finish(thread, thread.nr)
+
+    def _clone_flags(self, thread: _Recorded) -> int:
+        if thread.nr == NUMBERS["clone"]:
+            return thread.args[0]
+        if thread.nr == NUMBERS["clone3"]:
+            return int.from_bytes(thread.process.read(thread.args[0], 8), "little")
+        return 0x4100 if thread.nr == NUMBERS["vfork"] else 0
+
+    def _executed(self, thread: _Recorded) -> bool:
+        former = ptrace.event_message(thread.tid)
+        if former != thread.tid and former in self.threads:
+            self._refuse("execve by a thread that is not the first of its process")
+            other = self.threads.pop(former)
+            thread.nr, thread.args, thread.payload, thread.regs = other.nr, other.args, other.payload, other.regs
+        thread.process = self._own_space(thread)
+        thread.table = thread.table.copy()
+        thread.table.after_exec()
+        ptrace.request(ptrace.SYSCALL, thread.tid)
+        got = None
+        while got is None:
+            got = ptrace.wait(thread.tid)
+        if got[0] == 0 or not os.WIFSTOPPED(got[1]):
+            raise ptrace.Gone(thread.tid)
+        path = thread.payload
+        self._after_exec(thread, path)
+        self.writer.add(
+            Kind.EXEC, thread.index, thread.nr, 0, self._now(), thread.args, thread.payload, self._exec_pieces(thread)
+        )
+        thread.entered = False
+        self.calls += 1
+        regs = ptrace.get_regs(thread.tid)
+        thread.boundary = (regs[ptrace.RIP], regs[ptrace.RSP])
+        self._resume(thread)
+        return True
+
+    def _own_space(self, thread: _Recorded) -> Process:
+        """After exec the process has an address space of its own, also a vfork child."""
+        if thread.process.tgid == thread.tid:
+            thread.process.reopen()
+            return thread.process
+        return Process(thread.tid)
+
+    def _after_exec(self, thread: _Recorded, path: bytes) -> None:
+        del path
+        if not thread.place_scratch():
+            self.notes.add("cpuid cannot be trapped here: the processor's identity is taken from the replaying machine")
+        self.stack = thread.hide_vdso()
+        self.stack_top = ptrace.get_regs(thread.tid)[ptrace.RSP]
+        self.entry_point = ptrace.get_regs(thread.tid)[ptrace.RIP]
+
+    def _exec_pieces(self, thread: _Recorded) -> list[bytes]:
+        """Images by path and hash, the initial stack, and where execution begins."""
+        images = _images(self.blobs, thread.tid, thread.payload)
+        layout = {"images": images, "stack_top": self.stack_top, "entry": self.entry_point, "cwd": _cwd(thread.tid),
+                  "stack_limit": resource.prlimit(thread.tid, resource.RLIMIT_STACK)}  # fmt: skip
+        return [json.dumps(layout).encode(), self.stack]
+
+    def _leave(self, thread: _Recorded) -> bool:
+        self.writer.add(Kind.LEAVE, thread.index, thread.nr, 0, self._now(), thread.args)
+        whole = thread.nr == _EXIT_GROUP or len(thread.process.threads) == 1
+        self._resume(thread)
+        if not whole and thread.tid == thread.process.tgid:
+            self._await_zombie(thread)
+            return False
+        tids = list(thread.process.threads) if whole else [thread.tid]
+        for tid in tids:
+            other = self.threads.get(tid)
+            if other is not None:
+                self._await_death(other)
+        return False
+
+    def _await_zombie(self, thread: _Recorded) -> None:
+        while True:
+            try:
+                state = Path(f"/proc/{thread.tid}/stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:
+                return
+            if state in "ZX":
+                return
+            os.sched_yield()
+
+    def _death(self, thread: _Recorded, status: int) -> None:
+        unfinished = thread.nr if thread.entered else -1
+        self.writer.add(Kind.DEATH, thread.index, unfinished, status, self._now(), thread.args)
+        self.threads.pop(thread.tid, None)
+        thread.process.threads.discard(thread.tid)
+        if not thread.process.threads:
+            thread.process.close()
+        if thread.tid == self.root_tid:
+            self.root_status = status
+
+    # ---- signals --------------------------------------------------------------------------------------------------
+
+    def _signal(self, thread: _Recorded, number: int) -> bool:
+        info = ptrace.get_siginfo(thread.tid)
+        code = struct.unpack_from("<i", info, 8)[0]
+        if number == signal.SIGSEGV and code == 0x80 and self._trapped(thread):
+            return True
+        if number in _SYNCHRONOUS and code > 0:
+            return self._deliver(thread, number, info, 2)
+        if thread.held and thread.held[0][0] == number:
+            info = thread.held.popleft()[1]
+        if self._at_boundary(thread):
+            return self._deliver(thread, number, info, 0)
+        thread.held.append((number, info))
+        self._resume(thread)
+        return True
+
+    def _at_boundary(self, thread: _Recorded) -> bool:
+        regs = ptrace.get_regs(thread.tid)
+        return thread.boundary == (regs[ptrace.RIP], regs[ptrace.RSP]) and regs[ptrace.RCX] == regs[ptrace.RIP]
+
+    def _deliver(self, thread: _Recorded, number: int, info: bytes, how: int) -> bool:
+        stops = number in _STOPPING and not _caught(thread.tid, number)
+        self.writer.add(
+            Kind.SIGNAL, thread.index, number, int(stops), self._now(), (how, 0, 0, 0, 0, 0), info
+        )
+        ptrace.set_siginfo(thread.tid, info)
+        self._resume(thread, number)
+        return True
+
+    def _trapped(self, thread: _Recorded) -> bool:
+        trap = trapped_instruction(thread)
+        if trap is None:
+            return False
+        regs = ptrace.get_regs(thread.tid)
+        values = native_trap(trap[0], regs[ptrace.RAX], regs[ptrace.RCX], time.monotonic_ns())
+        self.writer.add(Kind.TRAP, thread.index, trap[0], 0, self._now(), (*values, regs[ptrace.RAX], regs[ptrace.RCX]))
+        answer_trap(thread, trap, values)
+        self._resume(thread)
+        return True
+
+    def _event_stop(self, thread: _Recorded, number: int) -> bool:
+        if number in _STOPPING:
+            ptrace.request(ptrace.LISTEN, thread.tid)
+            return False
+        if thread.boundary is None or thread.preempted:
+            thread.preempted = False
+            if thread.boundary is None:
+                regs = ptrace.get_regs(thread.tid)
+                thread.boundary = (regs[ptrace.RIP], regs[ptrace.RSP])
+            self.writer.add(Kind.START, thread.index, time_ns=self._now())
+            self._resume(thread)
+            return True
+        return self._interrupted(thread)
+
+    def _interrupted(self, thread: _Recorded) -> bool:
+        """Our own INTERRUPT: does the thread spin? Then its registers repeat, and a replay can stop at the same point."""
+        if thread.held or self.ready:
+            regs = self._spinning(thread)
+            if regs is not None:
+                return self._switch_here(thread, regs)
+        self._resume(thread)
+        return True
+
+    def _spinning(self, thread: _Recorded) -> list[int] | None:
+        start = ptrace.get_regs(thread.tid)
+        for _ in range(_SPIN_STEPS):
+            ptrace.request(ptrace.SINGLESTEP, thread.tid)
+            got = None
+            while got is None:
+                got = ptrace.wait(thread.tid)
+            if got[0] == 0 or not os.WIFSTOPPED(got[1]):
+                raise ptrace.Gone(thread.tid)
+            if got[1] >> 8 != signal.SIGTRAP:
+                thread.status = got[1]
+                return None
+            regs = ptrace.get_regs(thread.tid)
+            if regs[:17] == start[:17] and regs[ptrace.RSP] == start[ptrace.RSP]:
+                return regs
+        return None
+
+    def _switch_here(self, thread: _Recorded, regs: Sequence[int]) -> bool:
+        packed = struct.pack("<27Q", *regs)
+        if thread.held:
+            number, info = thread.held.popleft()
+            self.writer.add(Kind.SIGNAL, thread.index, number, 0, self._now(), (1, 0, 0, 0, 0, 0), info, (packed,))
+            ptrace.tgkill(thread.process.tgid, thread.tid, number)
+            self._resume(thread)
+            got = None
+            while got is None:
+                got = ptrace.wait(thread.tid)
+            ptrace.set_siginfo(thread.tid, info)
+            self._resume(thread, number)
+            return True
+        self.writer.add(Kind.PREEMPT, thread.index, time_ns=self._now(), payload=packed)
+        thread.preempted = True
+        thread.status = ptrace.EVENT_STOP << 16 | signal.SIGTRAP << 8 | 0x7F
+        self.ready.append(thread)
+        return False
+
+
+def _caught(tid: int, number: int) -> bool:
+    for line in Path(f"/proc/{tid}/status").read_text().splitlines():
+        if line.startswith("SigCgt:"):
+            return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False
+
+
+def _prctl_output(thread: _Recorded, result: int) -> list[bytes]:
+    sizes = {2: 4, 16: 16, 5: 4, 9: 4, 11: 4, 25: 4, 19: 4, 37: 4, 40: 8}
+    size = sizes.get(thread.args[0] & 0xFFFFFFFF, 0)
+    return [thread.process.read(thread.args[1], size)] if size and result >= 0 else []
+
+
+def _cwd(tid: int) -> str:
+    try:
+        return os.readlink(f"/proc/{tid}/cwd")
+    except OSError:
+        return "/"
+
+
+def _images(blobs: log.BlobStore, tid: int, payload: bytes) -> list[list[str]]:
+    """[path as the kernel opened it, hash] of the program, and of the script and the loader that belong to it."""
+    root = f"/proc/{tid}/root"
+    found: dict[str, str] = {}
+    path = os.fsdecode(payload) or os.readlink(f"/proc/{tid}/exe")
+    exe = f"/proc/{tid}/exe"
+    for _ in range(5):  # script -> interpreter -> loader; the kernel follows four levels at most
+        absolute = path if path.startswith("/") else os.path.join(_cwd(tid), path)
+        try:
+            fd = os.open(root + absolute if not absolute.startswith("/proc/self/") else exe, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            fd = os.open(exe, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            found[absolute] = blobs.add_fd(fd)
+            following = image_successor(fd)
+        finally:
+            os.close(fd)
+        if following is None:
+            break
+        path = following
+    return [list(item) for item in found.items()]
+
+
+def image_successor(fd: int) -> str | None:
+    """The interpreter of a `#!` script or the loader of an ELF program."""
+    head = os.pread(fd, 4096, 0)
+    if head.startswith(b"#!"):
+        words = head[2:].split(b"\n")[0].split()
+        return os.fsdecode(words[0]) if words else None
+    if head[:4] != b"\x7fELF":
+        return None
+    offset, size, count = struct.unpack_from("<Q", head, 32)[0], *struct.unpack_from("<HH", head, 54)
+    for i in range(count):
+        entry = os.pread(fd, 56, offset + i * size)
+        if struct.unpack_from("<I", entry)[0] == 3:
+            at, length = struct.unpack_from("<Q", entry, 8)[0], struct.unpack_from("<Q", entry, 32)[0]
+            return os.fsdecode(os.pread(fd, length, at).rstrip(b"\0"))
+    return None
+
+
+# ---- calls that the tracer answers itself, so that they cost one stop ------------------------------------------------
+
+
+def _clock_gettime(recorder: Recorder, thread: _Recorded) -> bool:
+    clock = thread.args[0] & 0xFFFFFFFF
+    if clock not in _CLOCKS or not thread.args[1] or thread.held:
+        return False
+    now = time.clock_gettime_ns(clock)
+    if not thread.process.write(thread.args[1], struct.pack("<qq", *divmod(now, 1_000_000_000))):
+        return False
+    thread.skip_call(0)
+    return recorder._finish(thread, 0)
+
+
+def _sched_getaffinity(recorder: Recorder, thread: _Recorded) -> bool:
+    size = min(thread.args[1] & 0xFFFFFFFF, 128) // 8 * 8
+    if size < 8 or thread.held:
+        return False
+    size = min(size, 8 * ((recorder.affinity.bit_length() + 63) // 64))
+    data = recorder.affinity.to_bytes(size, "little")
+    if not thread.process.write(thread.args[2], data):
+        return False
+    thread.skip_call(size)
+    # Logged as an output by hand: the table has none for this call, whose real answer would be the one CPU.
+    recorder.writer.add(Kind.CALL, thread.index, thread.nr, size, recorder._now(), thread.args, b"", [data])
+    recorder.calls += 1
+    thread.boundary = (thread.regs[ptrace.RIP], thread.regs[ptrace.RSP])
+    recorder._resume(thread)
+    return True
+
+
+def _pretend_success(recorder: Recorder, thread: _Recorded) -> bool:
+    thread.skip_call(0)
+    return recorder._finish(thread, 0)
+
+
+def _prctl(recorder: Recorder, thread: _Recorded) -> bool:
+    option = thread.args[0] & 0xFFFFFFFF
+    if option in (26, 22):  # PR_SET_TSC and PR_SET_SECCOMP would take our own traps away
+        return _pretend_success(recorder, thread)
+    return False
+
+
+_EMULATED: Final[dict[int, Any]] = {
+    NUMBERS["clock_gettime"]: _clock_gettime,
+    NUMBERS["sched_getaffinity"]: _sched_getaffinity,
+    NUMBERS["sched_setaffinity"]: _pretend_success,
+    NUMBERS["seccomp"]: _pretend_success,
+    NUMBERS["prctl"]: _prctl,
+}
+
+
+def record(command: Sequence[str], folder: Path) -> int:
+    """Record a command into a new folder; returns the exit status as a shell would show it."""
+    ptrace.require_machine()
+    path = shutil.which(command[0])
+    if path is None:
+        raise InputError(f"cannot run {command[0]!r}: no such program, or not executable; give a path or a name on PATH")
+    _make_folder(folder)
+    affinity = os.sched_getaffinity(0)
+    cpu = _choose_cpu(affinity)
+    meta = _describe(command, path)
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTOU, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    environment = dict(os.environb)
+    pid, _ = launch(path, list(command), environment, cpu, _own_group)
+    os.sched_setaffinity(0, {cpu})
+    _hand_terminal(pid)
+    recorder = Recorder(folder, cpu, affinity)
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, _TICK_S, _TICK_S)
+    try:
+        recorder.run(pid)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        os.sched_setaffinity(0, affinity)
+        _hand_terminal(os.getpgrp())
+    status = recorder.root_status if recorder.root_status is not None else 0
+    code = 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+    log.save_meta(folder, meta | _outcome(recorder, code))
+    return code
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the recording folder {folder}: {error.strerror}") from error
+    if any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty: name a new folder, so that no recording is overwritten")
+    folder.chmod(0o700)
+
+
+def _choose_cpu(affinity: set[int]) -> int:
+    usable = sorted(affinity)
+    return usable[os.getpid() % len(usable)]
+
+
+def _own_group() -> None:
+    """The program's signals to its own group must not reach the recorder."""
+    for number in (signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTOU, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    os.setpgid(0, 0)
+
+
+def _hand_terminal(group: int) -> None:
+    for fd in (0, 1, 2):
+        try:
+            if os.isatty(fd):
+                os.tcsetpgrp(fd, group)
+                return
+        except OSError:
+            continue
+
+
+def _describe(command: Sequence[str], path: str) -> dict[str, Any]:
+    return {
+        "schema": log.SCHEMA, "command": list(command), "exec_path": path, "program": os.path.abspath(path), "cwd": os.getcwd(),
+        "environment": {os.fsdecode(k): os.fsdecode(v) for k, v in os.environb.items()},
+        "machine": platform.machine(), "kernel": platform.release(), "cpu_model": _cpu_model(),
+        "stack_limit": resource.getrlimit(resource.RLIMIT_STACK), "started_real_ns": time.time_ns(),
+    }  # fmt: skip
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "unknown"
+
+
+def _outcome(recorder: Recorder, code: int) -> dict[str, Any]:
+    return {
+        "exit_status": code, "calls": recorder.calls, "threads": recorder.next_index,
+        "fidelity": "F4" if not recorder.refused else "F0",
+        "refused": recorder.refused, "notes": sorted(recorder.notes),
+        "why_not_higher": ["F5 (instruction-exact) needs a processor counter; use rr where one exists"]
+        + ([f"F1 and above need every call modelled: {reason}" for reason in recorder.refused]),
+    }  # fmt: skip
+
+
