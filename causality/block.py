@@ -20,12 +20,18 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from causality.window import EventRef, Leaf, Piece, Rows, Wait, Who, Window, cover
+from causality.window import EventRef, Leaf, Piece, Rows, Wait, Wake, Who, Window, cover
 
 __all__ = ["Requests", "requests", "resolve_block", "service"]
 
 _WAKE_AFTER_NS: Final = 500_000  # a completion wakes its waiter at once; the bound covers an interrupted completion
 _WORKER: Final = "kworker/"  # completions that need a file system's work wake their waiter from there
+_FRAMES: Final = ("irq_handler", "softirq", "local_timer", "reschedule", "call_function", "call_function_single", "irq_work")
+_CONTEXT_STEPS: Final = {
+    **{f"{name}_entry": 1 for name in _FRAMES},
+    **{f"{name}_exit": -1 for name in _FRAMES},
+    "sched_switch": -1_000_000,
+}
 _ROOT_CGROUP: Final = 1  # kernfs id of the root of every hierarchy
 
 
@@ -185,11 +191,42 @@ def _mine(window: Window, wait: Wait) -> npt.NDArray[Any]:
         return np.flatnonzero(submitted & (table.completed < _END))
     by_waker = (table.complete_cpu == wake.cpu) & (table.complete_tid == wake.waker.tid)
     by_waker &= (table.completed <= end) & (table.completed >= end - _WAKE_AFTER_NS) & (table.queued < end)
+    for i in np.flatnonzero(by_waker).tolist():
+        by_waker[i] = _in_one_context(window, int(table.completed[i]), table.refs[i][1][1], wake)
     if not by_waker.any() and not wake.waker_comm.startswith(_WORKER):
         return np.empty(0, np.int64)
     if not by_waker.any() or (submitted & by_waker).any():
         return np.flatnonzero(submitted)
     return np.flatnonzero(by_waker)[-1:]
+
+
+def _in_one_context(window: Window, completed_mono_ns: int, completed_seq: int, wake: Wake) -> bool:
+    """Did the interrupt frame (or stretch of a task) that completed a request go on to the wake-up, without another in between?
+
+    The interrupted task says nothing: on an idle CPU it is the same for the disk's interrupt and for the next timer's.
+    """
+    time, seq, step = _contexts(window, wake.cpu)
+    low = int(np.searchsorted(time, completed_mono_ns, "left"))
+    high = int(np.searchsorted(time, wake.time_mono_ns, "right"))
+    after = (time[low:high] > completed_mono_ns) | (seq[low:high] > completed_seq)
+    before = (time[low:high] < wake.time_mono_ns) | (seq[low:high] < wake.seq)
+    depth = np.cumsum(step[low:high][after & before])
+    return not len(depth) or (int(depth.min()) >= 0 and int(depth[-1]) == 0)
+
+
+def _contexts(window: Window, cpu: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+    """(times, numbers, steps) of a CPU's interrupt entries (+1) and exits (-1), and switches (far below zero), in order."""
+    held = window.memo.get(f"contexts {cpu}")
+    if held is None:
+        parts = [(window.rows(kind), step) for kind, step in _CONTEXT_STEPS.items()]
+        cpus = np.concatenate([r.columns["cpu"] for r, _ in parts])
+        time = np.concatenate([r.time for r, _ in parts])[cpus == cpu]
+        seq = np.concatenate([r.columns["seq"].astype(np.int64) for r, _ in parts])[cpus == cpu]
+        step = np.concatenate([np.full(len(r), step, np.int64) for r, step in parts])[cpus == cpu]
+        order = np.lexsort((seq, time))
+        held = window.memo[f"contexts {cpu}"] = (time[order], seq[order], step[order])
+    found: tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]] = held
+    return found
 
 
 def resolve_block(window: Window, wait: Wait) -> list[Piece]:

@@ -374,6 +374,7 @@ class Simulator:
         self._enter(task, "pread64", arg0=5, object_type=3, object=12)
         yield "run", self._ns(1, 80)
         cpu = self.cpus[task.cpu]
+        self.emit(cpu, "block_bio_queue", bio=number + 1, **{k: request[k] for k in ("dev", "bytes", "sector")}, cgroup_id=1)
         self.emit(cpu, "block_rq_insert", **request, bio=number + 1)
         task.wait.set(self.now, "wait.disk.queue")
         entry = (task, request | {"bio": number + 1})
