@@ -15,18 +15,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
-from events.kinds import FAMILIES
+from probe.source import SHED_ORDER
 
-__all__ = ["SHED_ORDER", "Limits", "Step", "Usage", "read_usage"]
-
-_FIRST: Final = (
-    "syscalls", "faults", "net", "timers", "memory", "softirq", "irq_vectors", "tcp", "workqueue", "locks", "power", "cgroup",
-)  # fmt: skip
-_LAST: Final = ("block", "irq", "throttle", "sched")
-_MIDDLE: Final = tuple(f for f in FAMILIES if f not in _FIRST and f not in _LAST)
-SHED_ORDER: Final[Sequence[str]] = tuple(f for f in (*_FIRST, *_MIDDLE, *_LAST) if f in FAMILIES)
+__all__ = ["Limits", "Step", "Usage", "read_usage"]
 
 
 @dataclass(frozen=True, slots=True)

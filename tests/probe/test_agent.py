@@ -15,8 +15,9 @@ from probe.accounts import Account, RingLedger
 from probe.agent import Agent
 from probe.capture import CaptureReader, CaptureWriter
 from probe.framing import loss_row
-from probe.limits import SHED_ORDER, Limits, Usage
+from probe.limits import Limits, Usage
 from probe.outputs import CaptureOutput
+from probe.source import SHED_ORDER
 
 SECOND_NS = 1_000_000_000
 MIB = 1 << 20
