@@ -69,6 +69,7 @@ class GraphStore:
 
     def __init__(self, settings: Neo4jSettings, retry_limit_s: float = _RETRY_LIMIT_S) -> None:
         import neo4j
+        from neo4j.exceptions import ConfigurationError
 
         self.settings = settings
         auth = (settings.user, settings.password) if settings.user else None
@@ -77,10 +78,11 @@ class GraphStore:
                 settings.uri,
                 auth=auth,
                 max_transaction_retry_time=retry_limit_s,
+                initial_retry_delay=0.1,
                 connection_timeout=5.0,
                 notifications_min_severity="OFF",  # an empty database warns about each label that it has not seen yet
             )
-        except ValueError as error:
+        except (ValueError, ConfigurationError) as error:
             raise StoreError(
                 f"neo4j.uri {settings.uri!r} is no address of a Neo4j server ({error}); e.g. bolt://HOST:7687"
             ) from error
@@ -150,9 +152,15 @@ class GraphStore:
             raise StoreError(f"Neo4j at {self.settings.uri} refuses user {self.settings.user!r}; {remedy}") from error
         except (ServiceUnavailable, OSError) as error:
             remedy = "is it running? `kprobe up` starts a local one, neo4j.uri says where it is"
-            raise StoreError(f"Neo4j at {self.settings.uri} is unreachable ({error}); {remedy}") from error
+            raise StoreError(f"Neo4j at {self.settings.uri} is unreachable ({_one_line(error)}); {remedy}") from error
         except (DriverError, Neo4jError) as error:
-            raise StoreError(f"Neo4j at {self.settings.uri} failed: {error}; `kprobe rebuild` makes the graph anew") from error
+            raise StoreError(
+                f"Neo4j at {self.settings.uri} failed: {_one_line(error)}; `kprobe rebuild` makes the graph anew"
+            ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _run(transaction: Any, query: str, rows: Sequence[Row]) -> None:
