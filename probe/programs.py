@@ -114,8 +114,8 @@ class Maps:
         for cpu, fd in enumerate(self.ring_fds):
             bpfsys.set_element(self.fds["rings"], struct.pack("<I", cpu), struct.pack("<I", fd))
 
-    def configure(self, *, hierarchy: Hierarchy, comms: Iterable[str], ports: Iterable[int], cgroups: bool) -> None:
-        """Write struct config of bpf/common.h."""
+    def configure(self, *, hierarchy: Hierarchy, comms: Iterable[str], ports: Iterable[int], cgroups: bool) -> bool:
+        """Write struct config of bpf/common.h; False if the kernel hides the address of the quota's timer."""
         symbols = _kernel_symbols(("sched_cfs_period_timer", "sched_cfs_slack_timer"))
         patterns = [masks for masks in map(glob_masks, comms) if masks][:_PATTERNS_MAX]
         wanted_ports = list(ports)[:_PORTS_MAX]
@@ -133,6 +133,7 @@ class Maps:
         ]
         with mmap.mmap(self.fds["config"], _CONFIG_BYTES, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE) as config:
             config[:] = struct.pack(f"<{_CONFIG_WORDS}Q", *words) + _syscall_traits()
+        return "sched_cfs_period_timer" in symbols
 
     def watch_cgroup(self, key: int) -> None:
         """Put a cgroup into the watch set: who joins it is watched from then on."""
@@ -270,6 +271,13 @@ class ProgramSet:
         )
         self._iterator_fd = bpfsys.attach_iterator(program)
         os.close(program)
+
+    def leave_out(self, kind: str, reason: str) -> None:
+        """Do not attach the program of one kind."""
+        program = self.programs[kind]
+        if program.fd >= 0:
+            os.close(program.fd)
+            program.fd, program.reason = -1, reason
 
     def tasks(self) -> bytes:
         """struct task_row of every thread, as it is now."""

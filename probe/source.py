@@ -138,7 +138,8 @@ class KernelSource:
         comms = [s.text for s in self._watch if s.kind == "comm"]
         ports = [s.number for s in self._watch if s.kind == "port"]
         groups = any(s.kind in ("cgroup", "container") for s in self._watch)
-        self._maps.configure(hierarchy=self._hierarchy, comms=comms, ports=ports, cgroups=groups)
+        if not self._maps.configure(hierarchy=self._hierarchy, comms=comms, ports=ports, cgroups=groups):
+            self._programs.leave_out("cfs_period_timer", "the kernel hides its symbols (sysctl kernel.kptr_restrict)")
         self._table.fill(FLAG_WATCHED if self._watches_all else 0)
         for pid in (os.getpid(), *self._exclude):  # before the first event; their descendants follow below
             self._table.exclude(pid)

@@ -56,7 +56,8 @@ struct cpu_state { /* one cache line a CPU */
   u64 text_dropped;
   u64 unreadable;  /* texts that were not in memory */
   u64 filter_full; /* cgroups that found no room in the watch set */
-  u64 pad[3];
+  u64 unwatched_spin; /* lock for which a process that is not watched spins: its end is left out as well */
+  u64 pad[2];
 };
 
 #define PATTERNS_MAX 8
@@ -96,6 +97,17 @@ static u64 (*jiffies64)(void) = (void *)118;
 static __always_inline u8 flags_of_process(u32 tgid) { return VALUE_OF(u8, MAP_PIDS)[tgid & (PIDS_MAX - 1)]; }
 
 static __always_inline void set_process(u32 tgid, u8 flags) { VALUE_OF(u8, MAP_PIDS)[tgid & (PIDS_MAX - 1)] = flags; }
+
+static __always_inline struct cpu_state *my_state(void) {
+  return VALUE_OF(struct cpu_state, MAP_STATE) + (bpf_get_smp_processor_id() & (CPUS_MAX - 1));
+}
+
+/* A process that a selector names joins the watch set, unless it is an observer. */
+static __always_inline void watch_process(u32 tgid) {
+  u8 flags = flags_of_process(tgid);
+  if (!(flags & OBSERVER))
+    set_process(tgid, flags | WATCHED);
+}
 
 static __always_inline u8 current_flags(void) { return flags_of_process(bpf_get_current_pid_tgid() >> 32); }
 

@@ -360,8 +360,10 @@ int raw_contention_begin(u64 *ctx) {
   u64 lock = ARG(contention_begin, lock), owner;
   u32 flags = ARG(contention_begin, flags);
   ARGS;
-  if ((flags & (LOCK_SPIN | LOCK_MUTEX)) == LOCK_SPIN && !(current_flags() & WATCHED))
+  if ((flags & (LOCK_SPIN | LOCK_MUTEX)) == LOCK_SPIN && !(current_flags() & WATCHED)) {
+    my_state()->unwatched_spin = lock;
     return 0;
+  }
   SET(CONTENTION_BEGIN, LOCK, lock);
   SET(CONTENTION_BEGIN, FLAGS, flags);
   owner = owner_word(lock, flags);
@@ -375,9 +377,14 @@ int raw_contention_begin(u64 *ctx) {
   return EMIT(CONTENTION_BEGIN);
 }
 
-/* has no flags: an end without a begin is a spinning lock of a process that is not watched */
+/* has no flags; an end without a begin is a spin of an unwatched process that an interrupt's spin came between */
 int raw_contention_end(u64 *ctx) {
+  struct cpu_state *state = my_state();
   ARGS;
+  if (state->unwatched_spin == ARG(contention_end, lock)) {
+    state->unwatched_spin = 0;
+    return 0;
+  }
   SET(CONTENTION_END, LOCK, ARG(contention_end, lock));
   SET(CONTENTION_END, RET, ARG(contention_end, ret));
   return EMIT(CONTENTION_END);

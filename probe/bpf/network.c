@@ -50,7 +50,7 @@ static __always_inline void watch_by_port(u16 port) {
 #pragma unroll
   for (u32 i = 0; i < PORTS_MAX; i++)
     if (i < n && config->port[i] == port)
-      set_process(tgid, flags_of_process(tgid) | WATCHED);
+      watch_process(tgid);
 }
 
 int raw_inet_sock_set_state(u64 *ctx) {

@@ -8,10 +8,6 @@
 
 #define BOUND(value, max) asm volatile("if %0 <= %1 goto +1\n\t%0 = %1" : "+r"(value) : "i"(max))
 
-static __always_inline struct cpu_state *my_state(void) {
-  return VALUE_OF(struct cpu_state, MAP_STATE) + (bpf_get_smp_processor_id() & (CPUS_MAX - 1));
-}
-
 static __always_inline struct text_record *begin_text(u32 kind, u64 key) {
   struct text_record *record = bpf_ringbuf_reserve(MAP(MAP_TEXT), sizeof *record, 0);
   if (!record) {
@@ -60,7 +56,7 @@ static __always_inline void watch_by_name(u32 tgid, u64 *comm) {
   for (u32 i = 0; i < PATTERNS_MAX; i++)
     if (i < n && (comm[0] & config->pattern[i][0]) == config->pattern[i][1] &&
         (comm[1] & config->pattern[i][2]) == config->pattern[i][3])
-      set_process(tgid, flags_of_process(tgid) | WATCHED);
+      watch_process(tgid);
 }
 
 static __always_inline u64 cgroup_key(u64 cgroup) {
@@ -85,9 +81,9 @@ int raw_sched_process_fork(u64 *ctx) {
   ARGS;
   if (tgid != parent_tgid) {
     u8 flags = flags_of_process(parent_tgid);
-    if (cgroup_is_watched(VALUE_OF(struct config, MAP_CONFIG)->hierarchy << 48 | cgroup))
-      flags |= WATCHED;
     set_process(tgid, flags);
+    if (cgroup_is_watched(VALUE_OF(struct config, MAP_CONFIG)->hierarchy << 48 | cgroup))
+      watch_process(tgid);
   }
   SET_TASK(SCHED_PROCESS_FORK, child);
   SET_COMM(SCHED_PROCESS_FORK, child + OFF_task_struct_comm);
@@ -191,7 +187,7 @@ int raw_cgroup_attach_task(u64 *ctx) {
   u32 tgid = READ(u32, task, OFF_task_struct_tgid);
   ARGS;
   if (cgroup_is_watched(key))
-    set_process(tgid, flags_of_process(tgid) | WATCHED);
+    watch_process(tgid);
   SET_TASK(CGROUP_ATTACH_TASK, task);
   SET(CGROUP_ATTACH_TASK, CGROUP_ID, cgroup_id(cgroup));
   SET(CGROUP_ATTACH_TASK, ROOT, key >> 48);
