@@ -22,7 +22,7 @@ Mechanism resolvers (`block`, `journal`, `memory`, `network`) are written agains
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -47,6 +47,7 @@ _NR_FUTEX: Final = 202
 # What the kernel reports in prev_state for a thread that is still runnable: nothing, or only "preempted" of the text format.
 _RUNNABLE_STATES: Final = (0, 256)
 _DEAD: Final = 0x10 | 0x20 | 0x80
+_FRAME_LOSSES: Final = ("", "sched", "irq", "softirq", "irq_vectors", "timers")
 _CONTEXT_SCAN: Final = 512  # rows of interrupt entries and exits looked back over to find the frames of one event
 
 
@@ -96,6 +97,7 @@ class Interval:
     inferred: bool = False
     places: tuple[tuple[int, int], ...] = ()  # (from time, queue CPU) of a runnable interval
     unplaced: bool = False
+    lost: bool = False  # events are missing that could say what it did
     role: int = -1  # of the event that begins it (`log.IN`, `OUT`, `WAKING`, ...)
 
     @property
@@ -236,6 +238,17 @@ class _LazyColumns(Mapping[str, npt.NDArray[Any]]):
 class _TaskStates:
     intervals: list[Interval]
     starts: npt.NDArray[Any] = field(default_factory=lambda: np.empty(0, np.int64))
+
+
+def _united(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Overlapping spans joined, in order."""
+    out: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if out and start <= out[-1][1]:
+            out[-1] = (out[-1][0], max(end, out[-1][1]))
+        else:
+            out.append((start, end))
+    return out
 
 
 class Timeline:
@@ -488,16 +501,57 @@ class Timeline:
             rows = rows.where((starts == key[1]) | (starts == 0))
         if not len(rows):
             return self._without_changes(key)
+        gaps = self._gaps(rows, self._roles(key[0], rows))
+        out: list[Interval] = []
+        begin, first = self.proven_mono_ns, self.lo_mono_ns
+        for start, end in [*gaps, (self.hi_mono_ns, self.hi_mono_ns)]:
+            last = start == self.hi_mono_ns
+            part = rows.where((rows.time >= first) & ((rows.time <= start) | last))
+            if len(part):
+                found = self._derive_part(key, part, begin, start)
+                out += [replace(i, end_mono_ns=min(i.end_mono_ns, start)) for i in found if i.start_mono_ns < start]
+            if not last:
+                out.append(Interval(start, end, UNKNOWN, -1, (), lost=True))
+            begin = first = end
+        return out
+
+    def _gaps(self, rows: Rows, roles: npt.NDArray[Any]) -> list[tuple[int, int]]:
+        """The windows in which missing events could hide what the thread did: all losses, but for the time that the events of
+        another CPU prove that it ran there."""
+        losses = [x for x in self._all_losses if x.hides_states and x.start_mono_ns < x.end_mono_ns]
+        if not losses:
+            return []
+        defining = np.flatnonzero(np.isin(roles, (IN, OUT, FORK)))
+        moments = [(int(rows.time[i]), int(roles[i]), int(rows["cpu"][i])) for i in defining]
+        found: list[tuple[int, int]] = []
+        for loss in losses:
+            at = max(loss.start_mono_ns, self.lo_mono_ns)
+            end = min(loss.end_mono_ns, self.hi_mono_ns)
+            before = [m for m in moments if m[0] <= at]
+            runs_elsewhere = bool(before) and before[-1][1] == IN and loss.cpu not in (None, before[-1][2])
+            for time, role, cpu in [m for m in moments if at < m[0] < end]:
+                if runs_elsewhere and role != IN:
+                    at, runs_elsewhere = time, False
+                elif not runs_elsewhere and role == IN and loss.cpu not in (None, cpu):
+                    found.append((at, time))
+                    runs_elsewhere = True
+            if not runs_elsewhere and at < end:
+                found.append((at, end))
+        return _united(found)
+
+    def _derive_part(self, key: Key, rows: Rows, proven: int | None, until: int) -> list[Interval]:
+        """States from rows between which nothing is missing; what came before the first is proven from `proven` on."""
         roles = self._roles(key[0], rows)
         out = roles == OUT
         prev_state = rows.get("prev_state", "sched_switch")
         preempt = rows.get("preempt", "sched_switch") == 1
         blocks = out & ~preempt & ~np.isin(prev_state, _RUNNABLE_STATES)
         changes = Changes(np.zeros(len(rows), np.int64), rows.time, roles, blocks)
-        return self._intervals(rows, roles, prev_state, changes)
+        return self._intervals(rows, roles, prev_state, changes, proven, until)
 
     def _intervals(
-        self, rows: Rows, roles: npt.NDArray[Any], prev_state: npt.NDArray[Any], changes: Changes
+        self, rows: Rows, roles: npt.NDArray[Any], prev_state: npt.NDArray[Any], changes: Changes, proven: int | None,
+        until: int,
     ) -> list[Interval]:
         states = derive(changes)
         throttle_out = rows.get("prev_throttled", "sched_switch") == 1
@@ -507,12 +561,12 @@ class Timeline:
             roles == MIGRATE, rows.get("dest_cpu", "sched_migrate_task"),
             np.where((roles == IN) | (roles == OUT) | (roles == FORK), cpus, rows.get("target_cpu", "sched_waking")),
         )  # fmt: skip
-        result = self._prefix(rows, roles, target)
+        result = self._prefix(rows, roles, target, proven, until)
         for k in range(len(states.state)):
             start, end, state = int(states.start_mono_ns[k]), int(states.end_mono_ns[k]), int(states.state[k])
             cause, wake_row = int(states.cause[k]), int(states.wake[k])
             is_open = bool(states.open[k])
-            end = min(end, self.hi_mono_ns) if is_open else end
+            end = min(end, until) if is_open else end
             if end <= start:
                 continue
             if roles[cause] == OUT and int(prev_state[cause]) & _DEAD and state in (BLOCKED, UNKNOWN):
@@ -551,14 +605,16 @@ class Timeline:
         switches = self._select(start + 1, end, lambda s: s.switch_rows(cpu))
         return int(switches.time[0]) if len(switches) else end
 
-    def _prefix(self, rows: Rows, roles: npt.NDArray[Any], target: npt.NDArray[Any]) -> list[Interval]:
+    def _prefix(
+        self, rows: Rows, roles: npt.NDArray[Any], target: npt.NDArray[Any], begin: int | None, until: int
+    ) -> list[Interval]:
         """What the first event of a thread proves about the time before it, where everything was recorded."""
-        first, begin = int(rows.time[0]), self.proven_mono_ns
+        first = int(rows.time[0])
         role = int(roles[0])
         if begin is None or first <= begin or role in (FORK, MIGRATE, NEW):
             # Whatever was before: a thread that is woken can run from then on, unless it is switched out next.
             woken = role in (WAKING, NEW) and OUT not in roles[np.isin(roles, (IN, OUT, FORK))][:1]
-            return self._after_first_wake(rows, roles, target, RUNNABLE, first) if woken else []
+            return self._after_first_wake(rows, roles, target, RUNNABLE, first, until) if woken else []
         state = {IN: RUNNABLE, OUT: RUNNING, WAKING: BLOCKED, WAKEUP: UNKNOWN}[role]
         wake = self._wake(rows, 0) if state == BLOCKED else None
         places = ((begin, int(target[0])),) if state == RUNNABLE else ()
@@ -568,16 +624,18 @@ class Timeline:
             later = [int(r) for r in roles[1:] if int(r) in (IN, OUT)]
             if later[:1] == [OUT]:
                 state, wake = RUNNING, None
+            elif not later and begin != self.proven_mono_ns:
+                return []
         result = [Interval(begin, end, state, int(target[0]), (rows.id(0),), wake=wake, inferred=True, places=places)]
         if role == WAKING:
-            result += self._after_first_wake(rows, roles, target, state, first)
+            result += self._after_first_wake(rows, roles, target, state, first, until)
         return result
 
     def _after_first_wake(
-        self, rows: Rows, roles: npt.NDArray[Any], target: npt.NDArray[Any], state: int, first: int
+        self, rows: Rows, roles: npt.NDArray[Any], target: npt.NDArray[Any], state: int, first: int, until: int
     ) -> list[Interval]:
         defining = [i for i in range(len(roles)) if int(roles[i]) in (IN, OUT, FORK)]
-        end = int(rows.time[defining[0]]) if defining else self.hi_mono_ns
+        end = int(rows.time[defining[0]]) if defining else until
         if end <= first:
             return []
         if state == RUNNING:
@@ -609,19 +667,17 @@ class Timeline:
     def _places(
         self, rows: Rows, roles: npt.NDArray[Any], target: npt.NDArray[Any], cause: int, start: int, end: int
     ) -> tuple[tuple[tuple[int, int], ...], bool]:
-        """The CPUs on whose queue a runnable thread stood. Until it is enqueued it counts for the CPU it is being sent to."""
+        """The CPUs on whose queue a runnable thread stood. A thread being woken counts for its last CPU until it is moved."""
         places: list[tuple[int, int]] = [(start, int(target[cause]))]
         run_cpu = None
-        sending = int(roles[cause]) in (WAKING, NEW)
         for i in range(cause + 1, len(roles)):
             role, time = int(roles[i]), int(rows.time[i])
             if role in (IN, OUT, FORK):
                 run_cpu = int(rows["cpu"][i]) if role == IN else None
                 break
             if role in (MIGRATE, WAKEUP):
-                if sending or time <= start:
+                if time <= start:
                     places[-1] = (places[-1][0], int(target[i]))
-                    sending = sending and role != WAKEUP
                 elif places[-1][1] != int(target[i]):
                     places.append((time, int(target[i])))
         unplaced = run_cpu is not None and places[-1][1] != run_cpu
@@ -651,19 +707,40 @@ class Timeline:
         first = int(time[0])
         if first > start_mono_ns:
             begin = max(start_mono_ns, self.proven_mono_ns if self.proven_mono_ns is not None else first)
-            if begin < first:
-                out.append(self._occupant(rows, 0, begin, first, previous=True))
+            begin = max([begin, *(x.end_mono_ns for x in self.losses(begin, first) if x.hides_states and x.cpu in (None, cpu))])
+            if begin < first and begin < end_mono_ns:
+                out.append(self._occupant(rows, 0, begin, min(first, end_mono_ns), previous=True))
         for i in range(len(rows)):
             begin = max(int(time[i]), start_mono_ns)
             end = min(int(time[i + 1]) if i + 1 < len(rows) else end_mono_ns, end_mono_ns)
-            if begin < end and not (i + 1 < len(rows) and self._broken(rows, i)):
-                out.append(self._occupant(rows, i, begin, end, previous=False))
+            if begin < end:
+                out += self._occupied(cpu, rows, i, begin, end)
         return out
 
-    def _broken(self, rows: Rows, i: int) -> bool:
-        """Is a switch missing after row i? Then the next one leaves another thread than this one entered."""
-        entered, left = int(rows["a0"][i]) & 0xFFFFFFFF, int(rows["tid"][i + 1])
-        return entered != left
+    def _occupied(self, cpu: int, rows: Rows, i: int, begin: int, end: int) -> list[Occupant]:
+        """Who had the CPU from switch i on: whom it let in, until a gap; after that, whom the next switch lets go."""
+        since = int(rows.time[i])
+        following = rows if i + 1 < len(rows) else self._next_switch(cpu, end)
+        k = i + 1 if i + 1 < len(rows) else 0
+        until = int(following.time[k]) if k < len(following) else self.hi_mono_ns + 1
+        gaps = [x for x in self.losses(since, until) if x.hides_states and x.cpu in (None, cpu)]
+        if not gaps:
+            broken = k < len(following) and int(rows["a0"][i]) & 0xFFFFFFFF != int(following["tid"][k])
+            return [] if broken else [self._occupant(rows, i, begin, end, previous=False)]
+        first, last = min(x.start_mono_ns for x in gaps), max(x.end_mono_ns for x in gaps)
+        out = []
+        if begin < min(first, end):
+            out.append(self._occupant(rows, i, begin, min(first, end), previous=False))
+        if max(begin, last) < end and k < len(following):
+            out.append(self._occupant(following, k, max(begin, last), end, previous=True))
+        return out
+
+    def _next_switch(self, cpu: int, after: int) -> Rows:
+        for s in self._segments:
+            rows = self._clip(s, s.switch_rows(cpu), after, self.hi_mono_ns + 1)
+            if len(rows):
+                return Rows(self, [(s, rows[:1])])
+        return Rows(self, [])
 
     def _switches_around(self, cpu: int, start: int, end: int) -> Rows:
         """Switches on a CPU in [start, end), with the last one before and, if there is none before, the first one after."""
@@ -721,13 +798,15 @@ class Timeline:
     def frames(self, cpu: int, start_mono_ns: int, end_mono_ns: int) -> list[IrqFrame]:
         """Interrupt frames that touch [start, end) on a CPU, outer before inner, clipped to the window."""
         before = self._last_switch(cpu, start_mono_ns)
-        begin = start_mono_ns
+        begin = self.lo_mono_ns
         if before is not None:
             begin = int(before[0].time[before[0].switch_rows(cpu)[before[1]]])
         if start_mono_ns - begin > 100_000_000:  # a frame does not last that long: do not re-read a hog's whole run
             begin = start_mono_ns - 100_000_000
-        rows = self._select(begin, end_mono_ns, lambda s: s.frame_rows(cpu))
-        found = _stack(rows, end_mono_ns)
+        gaps = [x for x in self.losses(begin, end_mono_ns) if x.cpu in (None, cpu) and x.family in _FRAME_LOSSES]
+        until = self.hi_mono_ns + 1 if gaps else end_mono_ns
+        rows = self._select(begin, until, lambda s: s.frame_rows(cpu))
+        found = _stack(rows, end_mono_ns, gaps=_united([(x.start_mono_ns, x.end_mono_ns) for x in gaps]))
         kept = [f for f in found if f.end_mono_ns > start_mono_ns and f.start_mono_ns < end_mono_ns]
         renumber = {id(found[i]): i for i in range(len(found))}
         position = {renumber[id(f)]: k for k, f in enumerate(kept)}
@@ -750,7 +829,7 @@ class Timeline:
         frames = [f for f in found if f.end_mono_ns < 0]
         lost = any(
             x.cpu in (None, cpu) and x.start_mono_ns < time_mono_ns and x.end_mono_ns > begin
-            and x.family in ("", "sched", "irq", "softirq", "irq_vectors", "timers")
+            and x.family in _FRAME_LOSSES
             for x in self._all_losses
         )  # fmt: skip
         return frames, not lost
@@ -772,7 +851,7 @@ class Timeline:
         """The system call that the thread is in at a time: from its entry before, or from its exit after, or the snapshot."""
         enters = ("sys_enter", "sys_enter_futex", "sys_exit")
         rows = self._current_before(key[0], time_mono_ns, enters)
-        if len(rows):
+        if len(rows) and int(rows.time[0]) >= self._born(key):
             if rows.name(0) == "sys_exit":
                 return None
             after = self._current_after(key[0], time_mono_ns)
@@ -791,6 +870,13 @@ class Timeline:
             args = tuple(int(snapshot.get(f"syscall_arg{i}") or 0) for i in range(3))
             return Syscall(int(snapshot["syscall_nr"]), args, 0, 0, None, None, None, ())
         return None
+
+    def _born(self, key: Key) -> int:
+        """When this life of a tid began, if that was seen: calls before are another's (the last one never returns)."""
+        rows = self._subject(key[0])
+        roles = self._roles(key[0], rows)
+        first = np.flatnonzero(((roles == FORK) | (roles == NEW)) & (self._subject_starts(key[0]) == key[1]))
+        return int(rows.time[first[0]]) if len(first) else self.lo_mono_ns
 
     def records_syscalls(self, key: Key) -> bool:
         """Were system calls of this thread recorded in the view?"""
@@ -868,18 +954,24 @@ def _frame_name(rows: Rows, i: int, stem: str) -> str:
     return stem
 
 
-def _stack(rows: Rows, end: int | None, stop: tuple[int, int] | None = None) -> list[IrqFrame]:
+def _stack(
+    rows: Rows, end: int | None, stop: tuple[int, int] | None = None, gaps: list[tuple[int, int]] | None = None
+) -> list[IrqFrame]:
     """Frames of one CPU's entries and exits. An exit closes the innermost entry of its name and what is open inside it; one
-    without an entry is ignored. Frames still open end at `end`, or have end -1 when a `stop` (time, seq) is given."""
+    without an entry is ignored, but after a gap in the record it proves a frame from there on. Frames still open end at
+    `end`, or have end -1 when a `stop` (time, seq) is given; a gap ends all."""
     frames: list[IrqFrame] = []
     stems: list[str] = []
     open_: list[int] = []
-    if not len(rows):
-        return frames
+    missing = list(gaps or [])
+    resumed = None
     kinds, times, seqs = rows["kind"].tolist(), rows.time.tolist(), rows["seq"].tolist()
     for i, kind in enumerate(kinds):
         if stop is not None and (times[i], seqs[i]) >= stop:
             break
+        while missing and times[i] >= missing[0][1]:
+            begin, resumed = missing.pop(0)
+            _close(frames, open_, stems, begin)
         if kind in _ENTRY_BY_KIND:
             _, stem, sort = _ENTRY_BY_KIND[kind]
             open_.append(len(frames))
@@ -892,7 +984,17 @@ def _stack(rows: Rows, end: int | None, stop: tuple[int, int] | None = None) -> 
                 frames[open_.pop()].end_mono_ns = times[i]
                 if stem == _EXIT_BY_KIND[kind]:
                     break
+        elif kind in _EXIT_BY_KIND and resumed is not None:
+            stem = _EXIT_BY_KIND[kind]
+            sort = next(v[2] for v in _ENTRY_BY_KIND.values() if v[1] == stem)
+            frames.append(IrqFrame(resumed, times[i], _frame_name(rows, i, stem), sort, -1, (rows.id(i),)))
     if end is not None:
-        for k in open_:
-            frames[k].end_mono_ns = end
-    return frames
+        _close(frames, open_, stems, min([end, *(g[0] for g in missing)]))
+    return sorted(frames, key=lambda f: (f.start_mono_ns, -f.end_mono_ns)) if resumed is not None else frames
+
+
+def _close(frames: list[IrqFrame], open_: list[int], stems: list[str], time: int) -> None:
+    for k in open_:
+        frames[k].end_mono_ns = max(time, frames[k].start_mono_ns)
+    open_.clear()
+    stems.clear()

@@ -136,35 +136,12 @@ class Walk:
     def _explain(self, key: Key, lo: int, hi: int, depth: int) -> Steps:
         roots: list[Root] = []
         for interval in self.timeline.states(key, lo, hi):
-            for a, b, state in self._proven(interval, max(lo, interval.start_mono_ns), min(hi, interval.end_mono_ns)):
-                if state == "interval":
-                    roots += yield from self._interval(key, interval, a, b, depth)
-                else:
-                    roots.append(Root(a, b, state, state, evidence=interval.evidence))
+            a, b = max(lo, interval.start_mono_ns), min(hi, interval.end_mono_ns)
+            if interval.lost:
+                roots.append(Root(a, b, "lost", "lost", evidence=interval.evidence))
+            else:
+                roots += yield from self._interval(key, interval, a, b, depth)
         return roots
-
-    def _proven(self, interval: Interval, lo: int, hi: int) -> list[tuple[int, int, str]]:
-        """[lo, hi) split into what the interval proves, what is lost, and what a missing event could have changed."""
-        losses = [x for x in self.timeline.losses(interval.start_mono_ns, interval.end_mono_ns) if x.hides_states]
-        if interval.state == RUNNING:
-            losses = [x for x in losses if x.cpu is None or x.cpu == interval.cpu]
-        if not losses:
-            return [(lo, hi, "interval")]
-        last_end = max(x.end_mono_ns for x in losses)
-        before = "unknown" if interval.state == BLOCKED else "interval"
-        parts: list[tuple[int, int, str]] = []
-        at = lo
-        for loss in sorted(losses, key=lambda x: x.start_mono_ns):
-            a, b = max(at, min(loss.start_mono_ns, hi)), min(hi, loss.end_mono_ns)
-            if a > at:
-                parts.append((at, a, before if at < last_end else "interval"))
-                at = a
-            if b > at:
-                parts.append((at, b, "lost"))
-                at = b
-        if at < hi:
-            parts.append((at, hi, "interval" if at >= last_end else before))
-        return parts
 
     def _interval(self, key: Key, interval: Interval, lo: int, hi: int, depth: int) -> Steps:
         self.visited += 1
@@ -383,7 +360,7 @@ class Walk:
 
     def _through(self, root: Root, hop: Hop, label: str, lock: str = "") -> Root:
         """The root of a thread that was waited for, as the waiter sees it."""
-        kept = root.label if root.label in ("lost", "unknown") else label
+        kept = "lost" if root.label == "lost" else label
         return replace(
             root, label=kept, hops=(hop, *root.hops), confidence=weaker(root.confidence, hop.confidence),
             evidence=(*hop.evidence, *(e for e in root.evidence if e not in hop.evidence)), lock=lock or root.lock,
