@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from causality.block import requests, service
-from causality.window import EventRef, Leaf, Piece, Rows, Wait, Who, Window, cover
+from causality.window import EventRef, Leaf, Piece, Rows, Wait, Who, Window, cover, kernel_threads
 
 __all__ = ["Commit", "commits", "resolve_dirty", "resolve_journal"]
 
@@ -123,7 +123,7 @@ def _open_commit(window: Window, thread: Who, before_mono_ns: int) -> Commit | N
 def _pieces(window: Window, wait: Wait, commit: Commit, lo: int, hi: int) -> list[Piece]:
     if hi <= lo:
         return []
-    culprit = _filler(commit, wait.who.tgid)
+    culprit = _filler(window, commit, wait.who.tgid)
     if culprit is not None:
         return [Leaf(lo, hi, "wait.journal", "journal_commit", culprit, commit.refs)]
     table = requests(window)
@@ -138,11 +138,12 @@ def _pieces(window: Window, wait: Wait, commit: Commit, lo: int, hi: int) -> lis
     return cover(pieces, lo, hi, "wait.journal", "disk_slow")
 
 
-def _filler(commit: Commit, own_tgid: int) -> Who | None:
+def _filler(window: Window, commit: Commit, own_tgid: int) -> Who | None:
     """Who dirtied most blocks of the commit, if others dirtied more of it than the waiter's own process."""
     others: dict[int, int] = {}
+    workers = kernel_threads(window)
     for who, count in commit.blocks.items():
-        if who.tgid not in (own_tgid, commit.thread.tgid):
+        if who.tgid not in (own_tgid, commit.thread.tgid) and who.tid not in workers:
             others[who.tgid] = others.get(who.tgid, 0) + count
     mine = sum(count for who, count in commit.blocks.items() if who.tgid == own_tgid)
     if sum(others.values()) <= mine:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from causality.log import Segment
 from events.kinds import BY_NAME, Kind
 
-__all__ = ["EventRef", "Follow", "Leaf", "Piece", "Rows", "Wait", "Wake", "Who", "Window", "cover"]
+__all__ = ["EventRef", "Follow", "Leaf", "Piece", "Rows", "Wait", "Wake", "Who", "Window", "cover", "kernel_threads"]
 
 EventRef = tuple[int, int]  # (cpu, seq): with node and boot id the event's name
 _HEAD: Final = ("time_mono_ns", "cpu", "seq", "tgid", "tid", "a0", "a1", "a2", "a3", "a4")
@@ -170,6 +170,15 @@ class Window:
         high = int(np.searchsorted(rows.time, before_mono_ns, "right"))
         found = np.flatnonzero(rows.columns["tid"][:high] == who_tid)
         return (rows, int(found[-1])) if len(found) else None
+
+
+def kernel_threads(window: Window) -> frozenset[int]:
+    """The kernel threads that were woken in the window (made once): they work for others, and are nobody's culprit."""
+    if "kthreads" not in window.memo:
+        rows = window.rows("sched_waking")
+        window.memo["kthreads"] = frozenset(rows.get("tid")[rows.get("kthread") == 1].tolist())
+    found: frozenset[int] = window.memo["kthreads"]
+    return found
 
 
 def cover(pieces: Sequence[Piece], start_mono_ns: int, end_mono_ns: int, label: str, kind: str) -> list[Piece]:
