@@ -63,6 +63,7 @@ _OPTIONS: Final[dict[str, Any]] = {
     "log_level": 0,
 }
 _ADMIN_TIMEOUT_S: Final = 20.0
+_RETRY_S: Final = 0.2
 _SETTLE_S: Final = 1.5  # an epoch is usually shorter; nobody should wait for one of ten seconds
 _IDLE: Final = timedelta(milliseconds=4)
 _FATAL: Final = frozenset({"_AUTO_OFFSET_RESET", "OFFSET_OUT_OF_RANGE"})
@@ -205,11 +206,16 @@ class _Partition(StatefulSourcePartition[Message, Position]):
         from confluent_kafka import KafkaException, TopicPartition
 
         target = TopicPartition(self._source.topic, self._partition)
-        try:
-            low, high = self._consumer.get_watermark_offsets(target, timeout=_ADMIN_TIMEOUT_S)
-        except KafkaException as error:
-            raise _failure(self._source.kafka, f"cannot ask for the offsets of {self._name}: {error.args[0].str()}") from error
-        return int(low), int(high)
+        deadline_s = time.monotonic() + _ADMIN_TIMEOUT_S
+        while True:
+            try:
+                low, high = self._consumer.get_watermark_offsets(target, timeout=_ADMIN_TIMEOUT_S)
+                return int(low), int(high)
+            except KafkaException as error:  # a topic made a moment ago has no leader yet
+                if time.monotonic() > deadline_s:
+                    what = f"cannot ask for the offsets of {self._name}: {error.args[0].str()}"
+                    raise _failure(self._source.kafka, what) from error
+            time.sleep(_RETRY_S)
 
     def _start(self, low: int, resume: Position | None) -> tuple[int, int]:
         """Where to read from, and from where on messages are new."""

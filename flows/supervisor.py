@@ -10,6 +10,8 @@ The recovery folder remembers for how many processes it was made: positions belo
 refused.
 """
 
+import ctypes
+import fcntl
 import os
 import signal
 import subprocess
@@ -20,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import IO, Final
 
 import orjson
 
@@ -34,6 +36,7 @@ RESTARTS_WINDOW_S: Final = 300.0
 _FIRST_PAUSE_S: Final = 0.5
 _POLL_S: Final = 0.05
 _STOP_TIMEOUT_S: Final = 60.0
+_PR_SET_PDEATHSIG: Final = 1
 
 Say = Callable[[str], None]
 
@@ -83,6 +86,7 @@ class Supervisor:
     def __init__(self, settings: FlowSettings, environment: Mapping[str, str], say: Say, *, restart: bool = True) -> None:
         self._say, self._restart = say, restart
         self._stopping = False
+        self._lock = _lock(settings.recovery_dir)
         folders = prepare_recovery(settings.recovery_dir, settings.processes)
         self._children = [
             _Child(i, _command(folder), {**environment, **_variables(settings, i)}) for i, folder in enumerate(folders)
@@ -119,6 +123,9 @@ class Supervisor:
         if status == 0:
             child.ended = True
             self._say(f"{name} ended")
+        elif self._stopping and -status in (signal.SIGTERM, signal.SIGINT):
+            child.ended = True  # while it started, or told twice
+            self._say(f"{name} ended without a last snapshot: its open epoch will be repeated at the next start")
         elif self._stopping:
             child.ended = True
             raise KprobeError(f"{name} {_how(status)} while it was to end; its open epoch will be repeated at the next start")
@@ -126,7 +133,12 @@ class Supervisor:
             self._mourn(child, f"{name} {_how(status)}")
 
     def _start(self, child: _Child) -> None:
-        child.process = subprocess.Popen(child.command, env=dict(child.environment), process_group=0)
+        child.process = subprocess.Popen(
+            child.command,
+            env=dict(child.environment),
+            process_group=0,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509  the supervisor has no threads
+        )
         self._say(f"flow process {child.index} started (pid {child.process.pid})")
 
     def _mourn(self, child: _Child, what: str) -> None:
@@ -161,6 +173,25 @@ class Supervisor:
                 except subprocess.TimeoutExpired:
                     child.process.kill()
                     child.process.wait()
+
+
+def _lock(folder: Path) -> IO[bytes]:
+    """Hold the recovery folder: two flows on one set of positions would undo each other. Raises ConfigError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / "lock").open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ConfigError(
+            f"another `kprobe flow` runs on {folder}: end it first, or give flow.recovery_dir another folder"
+        ) from None
+    return file
+
+
+def _die_with_parent() -> None:
+    """A child drains and ends when the supervisor is killed: nothing may go on reading unwatched."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _command(recovery: Path) -> list[str]:
