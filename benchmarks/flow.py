@@ -6,7 +6,8 @@ Events are those of a real recording (recorded now if `--capture` gives none: pi
 tiled on the time axis into frames of 16384 events, one node a partition. Each round runs, one after the other on the same
 topic: a plain `consume()` loop (the upper bound), the flow without stores, with raw rows, as two processes on two
 partitions, and Bytewax's own KafkaSource with one item an event (a smaller sample: it is slow). The rate of the flow is
-taken between its first and its last event, from its own `/metrics`; the table has medians. The servers of `kprobe up` must
+taken between its first and its last event, from its own `/metrics`; "a CPU second" is what is left of it when the
+machine does other things too; the table has medians. The servers of `kprobe up` must
 run; topics and database are removed.
 """
 
@@ -20,12 +21,13 @@ import tempfile
 import time
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from events.frames import Clocks, Frame, Watermark, events_frame
 from events.settings import Settings, load
@@ -168,30 +170,38 @@ class Flow:
             return 0
         return int(sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{metric} ", f"{metric}{{"))))
 
+    def cpu_s(self) -> float:
+        """CPU time that the process has used."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return float(times.user + times.system)
+
     def end(self) -> None:
         """Drain and stop."""
         self.process.terminate()
         self.process.wait(60)
 
 
-def rate(flows: list[Flow], metric: str, wanted: int, ready: Callable[[int], bool] = bool) -> float:
-    """Events a second from the first count to the last."""
-    began: tuple[float, int] | None = None
+def rate(flows: list[Flow], metric: str, wanted: int) -> tuple[float, float]:
+    """Events a second, and a second of the flow's CPU time, from the first count to the last."""
+    began: tuple[float, int, float] | None = None
     while True:
         count = sum(f.count(metric) for f in flows)
         now_s = time.monotonic()
-        if began is None and ready(count):
-            began = (now_s, count)
+        if began is None and count:
+            began = (now_s, count, sum(f.cpu_s() for f in flows))
         if count >= wanted:
             break
         time.sleep(0.02)
     assert began is not None
     if began[1] >= wanted:
         raise SystemExit("too few events to measure: give more with --events")
-    return (count - began[1]) / (now_s - began[0])
+    events = count - began[1]
+    return events / (now_s - began[0]), events / (sum(f.cpu_s() for f in flows) - began[2])
 
 
-def measure_flow(settings: Settings, names: dict[str, str], events: int, folder: Path, *, processes: int, rows: bool) -> float:
+def measure_flow(
+    settings: Settings, names: dict[str, str], events: int, folder: Path, *, processes: int = 1, rows: bool = False
+) -> tuple[float, float]:
     """Events a second of one process on one partition, or of two on two."""
     table = "kprobe_flow_rows_total" if rows else "kprobe_flow_events_total"
     with ExitStack() as stack:
@@ -282,28 +292,32 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for what, value in measure_round(settings, names, arguments.events, folder):
                 found.setdefault(what, []).append(value)
-                print(f"{what:24} {value / 1e6:8.2f} M events/s", file=sys.stderr, flush=True)
+                print(f"{what:26} {value / 1e6:8.2f} M events/s", file=sys.stderr, flush=True)
     report(found, sent / (2 * arguments.events), arguments.json)
 
 
 def measure_round(settings: Settings, names: dict[str, str], events: int, folder: Path) -> Iterator[tuple[str, float]]:
     """One of each."""
     yield "consume() loop", measure_consume(settings, names["raw"], events)
-    yield "flow", measure_flow(settings, names, events, folder, processes=1, rows=False)
-    yield "flow, two processes", measure_flow(settings, names, events, folder, processes=2, rows=False)
-    yield "flow + rows", measure_flow(settings, names, events, folder, processes=1, rows=True)
+    wall, cpu = measure_flow(settings, names, events, folder)
+    yield "flow", wall
+    yield "flow, a CPU second", cpu
+    yield "flow, two processes", measure_flow(settings, names, events, folder, processes=2)[0]
+    wall, cpu = measure_flow(settings, names, events, folder, rows=True)
+    yield "flow + rows", wall
+    yield "flow + rows, a CPU second", cpu
     yield "Bytewax item-wise", measure_peer(settings, names["raw"])
 
 
 def report(found: dict[str, list[float]], bytes_an_event: float, path: Path | None) -> None:
     """Print the table; write JSON."""
     medians = {what: statistics.median(values) for what, values in found.items()}
-    print(f"{'':24} {'median':>8} {'best':>8}   M events/s ({len(found['flow'])} rounds, {bytes_an_event:.1f} B an event)")
+    print(f"{'':26} {'median':>8} {'best':>8}   M events/s ({len(found['flow'])} rounds, {bytes_an_event:.1f} B an event)")
     for what, values in found.items():
         bar = f"   bar {BARS[what] / 1e6:.1f}" if what in BARS else ""
-        print(f"{what:24} {medians[what] / 1e6:8.2f} {max(values) / 1e6:8.2f}{bar}")
+        print(f"{what:26} {medians[what] / 1e6:8.2f} {max(values) / 1e6:8.2f}{bar}")
     ratio = statistics.median(b / a for a, b in zip(found["flow"], found["flow, two processes"], strict=True))
-    print(f"{'two processes / one':24} {ratio:8.2f}              bar {BARS['two processes / one']}")
+    print(f"{'two processes / one':26} {ratio:8.2f}              bar {BARS['two processes / one']}")
     if path:
         path.write_text(json.dumps({"events_per_s": found, "medians": medians, "two_over_one": ratio}, indent=1))
 
