@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import typer
 
 from cli.render import format_ns, task_name
-from events.settings import load
 
 __all__ = ["app"]
 
@@ -33,15 +32,11 @@ def graph(
     """
     import orjson
 
+    from causality.graph import edges_of
     from cli.why import fetch_verdict
-    from sinks.documents import DocumentStore
 
     verdict = orjson.loads(fetch_verdict(operation))
-    store = DocumentStore(load().clickhouse)
-    try:
-        edges = [e for e in store.edges(operation) if e["from"] and e["to"]]
-    finally:
-        store.close()
+    edges = [edge for edge in edges_of(verdict) if edge["from"] and edge["to"]]
     if form is _Format.json:
         print(orjson.dumps(_document(verdict, edges)).decode())
         return

@@ -17,7 +17,7 @@ _PAGE: Final = 1000
 def rebuild(json: Annotated[bool, typer.Option("--json", help="Print the counts as one JSON document.")] = False) -> None:
     """Rebuild Neo4j from ClickHouse: everything that kprobe wrote into the graph is removed and written again.
 
-    The graph is a projection of the verdicts and edges in ClickHouse and holds nothing else of kprobe's, so nothing is lost.
+    The graph is a projection of the verdicts in ClickHouse and holds nothing else of kprobe's, so nothing is lost.
     """
     import orjson
 
@@ -44,11 +44,13 @@ def _copy(history: Any, graph: Any) -> int:
     """Copy page by page, in the order of operation ids; returns how many verdicts there are."""
     import orjson
 
+    from causality.graph import edges_of
+
     count, after = 0, ""
     while page := history.documents(after, _PAGE):
-        ids = [operation_id for operation_id, _ in page]
-        graph.write([orjson.loads(document) for _, document in page], history.edges_of(ids))
-        count, after = count + len(page), ids[-1]
+        verdicts = [orjson.loads(document) for _, document in page]
+        graph.write(verdicts, [edge for verdict in verdicts for edge in edges_of(verdict)])
+        count, after = count + len(page), page[-1][0]
         if sys.stderr.isatty():
             print(f"\r{count} verdicts", end="", file=sys.stderr, flush=True)
     if sys.stderr.isatty():

@@ -135,14 +135,6 @@ GROUP BY operation_id ORDER BY hurt_ns DESC, operation_id LIMIT {{limit:UInt32}}
         )
         return [(str(row["operation_id"]), str(row["verdict"]).encode()) for row in rows]
 
-    def edges_of(self, operation_ids: Sequence[str]) -> list[dict[str, Any]]:
-        """The causal edges of several operations."""
-        rows = self.client.rows(
-            "SELECT document FROM causal_edges FINAL WHERE operation_id IN {ids:Array(String)} ORDER BY operation_id, edge_id",
-            {"ids": array_literal(operation_ids)},
-        )
-        return [orjson.loads(row["document"]) for row in rows]
-
 
 _OPERATIONS: Final = """\
 SELECT coalesce(nullIf(v.operation_id, ''), o.operation_id) AS operation_id,

@@ -53,7 +53,17 @@ _EMPTY: Final = "MATCH (n:Operation|Task) CALL (n) { DETACH DELETE n } IN TRANSA
 _TIMES: Final = ("start_mono_ns", "end_mono_ns", "duration_ns", "deadline_ns")
 _OPERATION_FIELDS: Final = ("type", "node", "boot_id", "status", *_TIMES, "sentence", "algorithm", "hash")
 _TASK_FIELDS: Final = ("tid", "tgid", "comm", "start_boot_ns", "cgroup", "container", "class")
-_EDGE_FIELDS: Final = ("operation_id", "edge", "ns", "start_mono_ns", "end_mono_ns", "evidence", "confidence", "algorithm")
+_EDGE_FIELDS: Final = (
+    "operation_id",
+    "edge",
+    "kind",
+    "ns",
+    "start_mono_ns",
+    "end_mono_ns",
+    "evidence",
+    "confidence",
+    "algorithm",
+)
 
 Row = dict[str, Any]
 Document = Mapping[str, Any]
@@ -104,7 +114,7 @@ class GraphStore:
         return [m.version for m in pending]
 
     def write(self, verdicts: Iterable[Document], edges: Iterable[Document]) -> None:
-        """Write verdicts and causal edges. The edges of an operation, if any are given, are all of its edges."""
+        """Write verdicts and causal edges; of every operation that is named here, these are all of its edges."""
         judged, caused = list(verdicts), list(edges)
         with self._errors(), self._driver.session(database=self.settings.database) as session:
             for query, rows in _statements(judged, caused):
@@ -184,7 +194,7 @@ def _statements(verdicts: Sequence[Document], edges: Sequence[Document]) -> Iter
     delayed = [row for v in verdicts for row in _delayed(v)]
     caused = [_caused(e) for e in edges if e["from"] and e["to"]]
     yield _STALE_DELAYED, _keep({v["operation_id"] for v in verdicts}, delayed)
-    yield _STALE_CAUSED, _keep({e["operation_id"] for e in edges}, caused)
+    yield _STALE_CAUSED, _keep({document["operation_id"] for document in (*verdicts, *edges)}, caused)
     yield _RAN_ON, [{"id": v["operation_id"], "key": task_key(v["boot_id"], v["thread"])} for v in verdicts]
     yield _DELAYED, _by(delayed, lambda r: r["values"]["id"])
     yield _CAUSED, _by(caused, lambda r: r["values"]["id"])

@@ -53,7 +53,7 @@ def history_holds(store):
         events.num_rows,
         events.column("a0"),
         store.documents(),
-        store.edges_of(ids),
+        [store.edges(i) for i in ids],
         store.tasks("node-1", samples.BOOT, 9).num_rows,
     )
 
