@@ -385,6 +385,8 @@ class Walk:
     def _woken(self, key: Key, interval: Interval, call: Syscall | None, lo: int, hi: int, depth: int) -> Steps:
         """No mechanism claimed the wait: it ended by its waker."""
         wake, label = interval.wake, wait_label(call)
+        if wake is None and interval.open and call is not None and NAMES.get(call.nr) in _SLEEPS:
+            return [Root(lo, hi, "wait.timer", "sleep", evidence=interval.evidence)]  # it slept beyond the end
         if wake is None or not wake.certain:
             return [Root(lo, hi, label if wake is None and interval.open else "unknown", "unknown", evidence=interval.evidence)]
         evidence = (*interval.evidence, *wake.evidence)

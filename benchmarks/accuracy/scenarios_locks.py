@@ -3,7 +3,7 @@
 import os
 import random
 
-from benchmarks.accuracy.lab import Actor, Lab, Thread
+from benchmarks.accuracy.lab import Actor, Lab, Thread, set_nice
 from benchmarks.accuracy.scenarios_cpu import decoy
 from benchmarks.accuracy.truth import Judged, Play, blame, scenario
 
@@ -66,7 +66,7 @@ def priority_inversion(lab: Lab, rng: random.Random) -> Play:
     if real_time:
         fifo(batch, rng)
     else:
-        os.setpriority(os.PRIO_PROCESS, batch.pid, -15)
+        set_nice(batch.pid, -10)
     yield [app.pid]
     holder.send("lock 1; mark held; cpu 60000; unlock 1")
     holder.until_mark("held")
@@ -202,7 +202,7 @@ def pipe_peer_preempted(lab: Lab, rng: random.Random) -> Play:
     victim.pin(0)
     worker.pin(1)
     decoy(lab, rng, 0)
-    os.setpriority(os.PRIO_PROCESS, hog.pid, -18)
+    set_nice(hog.pid, -10)
     yield [victim.pid]
     hog.main.send("cpu 400000")
     victim.main.run(f"op pipe-preempted payment 30000000; {ask}; end")

@@ -4,7 +4,7 @@ import random
 import subprocess
 from pathlib import Path
 
-from benchmarks.accuracy.lab import Actor, Lab, Operation, mono_ns
+from benchmarks.accuracy.lab import Actor, Lab, Operation, SlowDisk, mono_ns
 from benchmarks.accuracy.scenarios_cpu import decoy
 from benchmarks.accuracy.truth import Judged, Play, Truth, blame, scenario
 
@@ -17,15 +17,13 @@ def _limit(lab: Lab, limit_mb: int, parent: Path | None = None) -> Path:
     return group
 
 
-def _swap(lab: Lab) -> None:
-    """A swap file of the lab's own; only pages that a limit or an advice pushes out ever reach it."""
-    area = lab.path / lab.unique("swap")
-    subprocess.run(["dd", "if=/dev/zero", f"of={area}", "bs=1M", "count=256", "status=none"], check=True, timeout=60)
-    area.chmod(0o600)
-    subprocess.run(["mkswap", str(area)], check=True, timeout=10, capture_output=True)
-    device = lab.attach(area)
-    subprocess.run(["swapon", device], check=True, timeout=10)
-    lab.undo(lambda: subprocess.run(["swapoff", device], check=True, timeout=120))
+def _swap(lab: Lab) -> SlowDisk:
+    """A swap device of the lab's own; only pages that a limit or an advice pushes out ever reach it."""
+    disk = lab.slow_disk(256)
+    subprocess.run(["mkswap", disk.device], check=True, timeout=10, capture_output=True)
+    subprocess.run(["swapon", disk.device], check=True, timeout=10)
+    lab.undo(lambda: subprocess.run(["swapoff", disk.device], check=True, timeout=120))
+    return disk
 
 
 def died(victim: Actor, name: str, started_ns: int, truth: Truth, tid: int | None = None) -> Judged:
@@ -59,13 +57,15 @@ def memory_limit(lab: Lab, rng: random.Random) -> Play:
 @scenario()
 def swap_in(lab: Lab, rng: random.Random) -> Play:
     """The victim's pages were swapped out before; touching them reads them back."""
-    _swap(lab)
+    disk = _swap(lab)
     victim = lab.actor("payments")
     decoy(lab, rng, 1)
     victim.pin(0)
-    victim.main.run(f"map 1 {rng.randint(180, 220)}; touch 1; pageout 1")
+    victim.main.run(f"map 1 {rng.randint(15, 25)}; touch 1; pageout 1")
+    disk.set_service_us(500)
     yield [victim.pid]
     victim.main.run("op swap payment 20000000; peek 1; end")
+    disk.set_service_us(0)
     op = victim.main.operations[-1]
     return [Judged(op, blame("swap_in"), op.duration_ns > 40_000_000)]
 

@@ -5,7 +5,7 @@ import random
 import signal
 import subprocess
 
-from benchmarks.accuracy.lab import Actor, Lab, mono_ns
+from benchmarks.accuracy.lab import Actor, Lab, mono_ns, set_nice
 from benchmarks.accuracy.scenarios_cpu import decoy
 from benchmarks.accuracy.scenarios_locks import fifo
 from benchmarks.accuracy.scenarios_memory import died
@@ -74,7 +74,7 @@ def peer_preempted(lab: Lab, rng: random.Random) -> Play:
     if real_time:
         fifo(hog, rng)
     else:
-        os.setpriority(os.PRIO_PROCESS, hog.pid, -18)
+        set_nice(hog.pid, -10)
     yield [victim.pid]
     hog.main.send("cpu 400000")
     victim.main.run(f"op peer-preempted payment 30000000; {_ASK}; end")
@@ -91,7 +91,7 @@ def peer_on_lock(lab: Lab, rng: random.Random) -> Play:
     _serve(peer, "lock 1; unlock 1")
     holder = peer.threads[1]
     decoy(lab, rng, 0)
-    yield [victim.pid]
+    yield [victim.pid, peer.pid]
     holder.send(f"lock 1; mark held; sleep {rng.randint(120000, 200000)}; unlock 1")
     holder.until_mark("held")
     victim.main.run(f"op peer-lock payment 30000000; {_ASK}; end")

@@ -1,8 +1,8 @@
 """Scores of verdicts against truths, per scenario and in total.
 
-A cause counts as right if the first cause's kind and culprit are those of the truth (top-1). Operations whose
-fault did not reach the victim (by the victim's own clock) are left out and counted as `void`. The path is compared as the set of its undirected
-edges between threads. Run-queue time is compared with the kernel's own schedstat.
+A cause counts as right if the first cause's kind and culprit are those of the truth (top-1). Operations whose fault did
+not reach the victim (by the victim's own clock) are left out and counted as `void`. The path is compared as the set of
+its undirected edges between threads. Run-queue time is compared with the kernel's own schedstat.
 """
 
 import itertools
@@ -147,8 +147,10 @@ def _ledger(score: Score, judged: Judged, verdict: dict[str, Any] | None) -> Non
     quota = totals.get("runq.quota", 0)
     if counted is not None and judged.truth.throttled_ns is None:
         said = sum(ns for label, ns in totals.items() if label.startswith("runq"))
+        irq = sum(ns for label, ns in totals.items() if label.startswith("irq"))  # while runnable it delays, too
+        tolerance = max(100_000, counted // 50)
         score.runq_checked += 1
-        if abs(said - counted) > max(100_000, counted // 50):
+        if not said - tolerance <= counted <= said + irq + tolerance:
             score.runq_off += 1
             score.misses.append(f"{judged.operation.operation_id}: run queue {said} ns, schedstat {counted} ns")
     if (
