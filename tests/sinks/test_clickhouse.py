@@ -88,6 +88,15 @@ def test_batches_cut_otherwise_after_a_crash_give_the_same_rows(history, seed):
     assert history.client.rows("SELECT count() AS n FROM kernel_events")[0]["n"] == 4001
 
 
+def test_a_row_that_is_twice_in_one_batch_is_read_once(history):
+    columns = samples.event_columns(1009, seed=6)
+    twice = {name: np.concatenate([values, values]) for name, values in columns.items()}
+
+    history.insert_events(twice, **WHERE, token="t")
+
+    assert_holds(history, columns)
+
+
 def test_events_are_dated_by_the_clocks_of_their_frame(history):
     clocks = Clocks(mono_ns=5, boot_ns=5, real_ns=1_700_000_000 * 10**9)
 
