@@ -101,10 +101,11 @@ def cpu_quota(lab: Lab, rng: random.Random) -> Play:
     group = lab.cgroup("cpu")
     (group / "cpu.cfs_period_us").write_text("100000")
     (group / "cpu.cfs_quota_us").write_text(str(rng.choice((20000, 30000))))
+    (group / "cpu.shares").write_text("30000")  # outside the session's autogroup, which outweighs the neighbours
     (group / "cgroup.procs").write_text(str(victim.pid))
     yield [victim.pid]
     before = _throttled_ns(group)
-    victim.main.run("op quota payment 100000000; cpu 90000; end")
+    victim.main.run("op quota payment 100000000; cpu 85000; end")
     throttled = _throttled_ns(group) - before
     op = victim.main.operations[-1]
     return [Judged(op, blame("cpu_quota", throttled_ns=throttled), throttled > op.duration_ns // 2)]
@@ -150,7 +151,7 @@ def softirq_load(lab: Lab, rng: random.Random) -> Play:
         timeout=10,
     )
     rules = ["-A", "INPUT", "-p", "udp", "-m", "string", "--algo", "bm", "--string", "never-there", "-j", "DROP"]
-    for _ in range(rng.randint(12, 20)):
+    for _ in range(rng.randint(24, 30)):
         subprocess.run(["ip", "netns", "exec", b, "iptables", *rules], check=True, timeout=10)
     drop = ["-A", "INPUT", "-p", "udp", "-j", "DROP"]
     subprocess.run(["ip", "netns", "exec", b, "iptables", *drop], check=True, timeout=10)
@@ -169,7 +170,7 @@ def softirq_load(lab: Lab, rng: random.Random) -> Play:
         Judged(
             op,
             blame("irq_storm", 0, _pid_of(f"ksoftirqd/{cpu}"), *(f.pid for f in floods)),
-            mask.returncode == 0 and stolen > 30_000_000,
+            mask.returncode == 0 and stolen > 75_000_000,
             f"softirq ticks {softirq}",
         )
     ]

@@ -58,10 +58,13 @@ def memory_limit(lab: Lab, rng: random.Random) -> Play:
 def swap_in(lab: Lab, rng: random.Random) -> Play:
     """The victim's pages were swapped out before; touching them reads them back."""
     disk = _swap(lab)
+    group = _limit(lab, 200)
     victim = lab.actor("payments")
+    (group / "cgroup.procs").write_text(str(victim.pid))
     decoy(lab, rng, 1)
     victim.pin(0)
     victim.main.run(f"map 1 {rng.randint(15, 25)}; touch 1; pageout 1")
+    (group / "memory.force_empty").write_text("0")  # the swap cache, too
     disk.set_service_us(500)
     yield [victim.pid]
     victim.main.run("op swap payment 20000000; peek 1; end")

@@ -148,9 +148,10 @@ def _ledger(score: Score, judged: Judged, verdict: dict[str, Any] | None) -> Non
     if counted is not None and judged.truth.throttled_ns is None:
         said = sum(ns for label, ns in totals.items() if label.startswith("runq"))
         irq = sum(ns for label, ns in totals.items() if label.startswith("irq"))  # while runnable it delays, too
+        dispatch = totals.get("runq.idle", 0)  # a remote wake-up counts here from the waking, there from the enqueueing
         tolerance = max(100_000, counted // 50)
         score.runq_checked += 1
-        if not said - tolerance <= counted <= said + irq + tolerance:
+        if not said - dispatch - tolerance <= counted <= said + irq + tolerance:
             score.runq_off += 1
             score.misses.append(f"{judged.operation.operation_id}: run queue {said} ns, schedstat {counted} ns")
     if (

@@ -98,6 +98,17 @@ static long long run_delay_ns(void)
 	return delay;
 }
 
+/* The kernel's count and the time at which it is true, read together: again if the thread was held up in between. */
+static long long delay_now(long long *at_ns)
+{
+	for (int i = 0;; i++) {
+		long long before = now_ns(CLOCK_MONOTONIC), delay = run_delay_ns();
+		*at_ns = now_ns(CLOCK_MONOTONIC);
+		if (*at_ns - before < 150000 || i == 20)
+			return delay;
+	}
+}
+
 static void nap(long us)
 {
 	struct timespec t = {us / 1000000, us % 1000000 * 1000};
@@ -366,9 +377,9 @@ static int step(char **w, int n)
 static void finish(int fd, struct op *op, const char *outcome)
 {
 	char text[512];
-	long long end = now_ns(CLOCK_MONOTONIC);
+	long long end, delay = delay_now(&end) - op->delay_ns;
 	snprintf(text, sizeof text, "op %s %s %d %lld %lld %lld %s %lld\n", op->id, op->type, (int)gettid(), op->start_ns, end,
-		 op->deadline_ns, outcome, run_delay_ns() - op->delay_ns);
+		 op->deadline_ns, outcome, delay);
 	op->open = 0;
 	answer(fd, text);
 }
@@ -400,10 +411,9 @@ static void run_line(int fd, char *line)
 			snprintf(op.id, sizeof op.id, "%s", w[1]);
 			snprintf(op.type, sizeof op.type, "%s", w[2]);
 			op.deadline_ns = atoll(w[3]);
-			op.delay_ns = run_delay_ns();
 			op.open = 1;
 			failed = 0;
-			op.start_ns = now_ns(CLOCK_MONOTONIC);
+			op.delay_ns = delay_now(&op.start_ns);
 		} else if (!strcmp(w[0], "end")) {
 			finish(fd, &op, failed ? "failed" : "ok");
 			failed = 0;
