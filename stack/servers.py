@@ -14,7 +14,7 @@ from pathlib import Path
 from subprocess import TimeoutExpired, run
 from typing import Any, Final
 from urllib.error import URLError
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 from events.errors import StoreError
 from events.settings import StackSettings
@@ -208,8 +208,10 @@ class ClickHouse(Server):
         return [sys.executable, "-m", "stack.clickhouse_http", str(self.home), str(self.settings.clickhouse_port)]
 
     def ask(self) -> None:
+        user, key = (os.environ.get(f"KPROBE_LOCAL_CLICKHOUSE_{name}") or "" for name in ("USER", "PASSWORD"))
+        headers = {"X-ClickHouse-User": user or "default", "X-ClickHouse-Key": key}
         try:
-            with urlopen(f"{self.address}/?query=SELECT%201", timeout=3) as answer:
+            with urlopen(Request(f"{self.address}/?query=SELECT%201", headers=headers), timeout=3) as answer:
                 content = answer.read()
         except (URLError, OSError) as error:
             raise StoreError(f"ClickHouse at {self.address} does not answer: {error}") from error

@@ -286,3 +286,31 @@ def test_clickhouse_connect_sees_errors_and_keeps_its_session(connect):
     ):
         list(stream)
     assert client.query("SELECT 1").result_rows == [(1,)]
+
+
+def test_a_password_is_asked_for_when_there_is_one(tmp_path, monkeypatch):
+    """A server of its own, with a password: it starts healthy, and refuses whoever does not know it."""
+    from stack_fixture import stack_settings
+
+    from events.errors import StoreError
+    from events.settings import ClickHouseSettings
+    from sinks.documents import DocumentStore
+    from stack.local import LocalStack
+
+    settings = stack_settings(tmp_path)
+    monkeypatch.setenv("KPROBE_LOCAL_CLICKHOUSE_PASSWORD", "pa\u00df: word")
+    servers = LocalStack(settings.stack)
+    servers.servers = [s for s in servers.servers if s.name == "clickhouse"]
+    monkeypatch.setattr(servers, "_create_topics", lambda: None)  # there is no Kafka here
+    servers.up()
+    try:
+        for password, right in (("pa\u00df: word", True), ("", False), ("wrong", False)):
+            store = DocumentStore(ClickHouseSettings(url=settings.clickhouse.url, password=password, database="system"))
+            if right:
+                assert store.client.rows("SELECT 1 AS n") == [{"n": 1}]
+            else:
+                with pytest.raises(StoreError, match="KPROBE_CLICKHOUSE__PASSWORD"):
+                    store.client.rows("SELECT 1 AS n")
+            store.close()
+    finally:
+        servers.down()
