@@ -107,9 +107,25 @@ def peer_of(window: Window, sent: Packet) -> tuple[Who, EventRef] | None:
     woken = window.rows("sched_waking").between(arrived, arrived + _RX_TO_WAKE_NS)
     hits = np.flatnonzero((woken.columns["cpu"] == cpu) & (woken.get("kthread") == 0) & (woken.get("tid") != sent.who.tid))
     if not len(hits):
-        return None
+        return _reader_of(window, sent, arrived, cpu)
     i = int(hits[0])
     return Who(int(woken.get("tid")[i]), int(woken.get("tgid")[i])), woken.ref(i)
+
+
+def _reader_of(window: Window, sent: Packet, arrived_mono_ns: int, cpu: int) -> tuple[Who, EventRef] | None:
+    """Who called on the socket that a packet made readable, where nobody slept on it yet."""
+    ready = window.rows("sk_data_ready").between(arrived_mono_ns, arrived_mono_ns + _RX_TO_WAKE_NS)
+    same = (ready.columns["cpu"] == cpu) & (ready.get("sport") == sent.flow.dport) & (ready.get("dport") == sent.flow.sport)
+    found = np.flatnonzero(same)
+    if not len(found):
+        return None
+    calls = window.rows("sys_enter")
+    on_it = (calls.get("object") == ready.get("sk")[int(found[0])]) & (calls.get("object_type") == _SOCKET)
+    users = np.flatnonzero(on_it & (calls.columns["tid"] != sent.who.tid))
+    if not len(users):
+        return None
+    i = int(users[-1])
+    return calls.who(i), calls.ref(i)
 
 
 def _losses(window: Window, flow: Flow, lo: int, hi: int) -> list[Piece]:

@@ -19,7 +19,6 @@ from benchmarks.accuracy import (  # noqa: F401  the scenarios register themselv
     scenarios_locks,
     scenarios_memory,
     scenarios_network,
-    scenarios_postgres,
 )
 from benchmarks.accuracy.judge import play
 from benchmarks.accuracy.lab import Lab, outweigh_neighbours
@@ -55,6 +54,7 @@ def main() -> int:
     # Told to end, it ends as after an error: what it started, mounted and made is taken away again.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     outweigh_neighbours()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the lab is cleared
     return _suite(args)
 
 

@@ -1,1 +1,0 @@
-"""Faults of a real database: PostgreSQL with a payments schema (see `database`)."""
