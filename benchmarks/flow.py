@@ -76,7 +76,7 @@ class Tiles:
         """Encoded frames of `node` with `events` events."""
         number = 0
         for frame in self.others:
-            yield self._frame(node, number, self.first_mono_ns, frame).encode()
+            yield self.frame(node, number, self.first_mono_ns, frame).encode()
             number += 1
         sent = copy = 0
         while sent < events:
@@ -94,7 +94,8 @@ class Tiles:
         shifted["seq"] = self.columns["seq"] + np.uint64(copy) * self.numbers[self.columns["cpu"]]
         return shifted
 
-    def _frame(self, node: str, number: int, now_ns: int, like: Frame) -> Frame:
+    def frame(self, node: str, number: int, now_ns: int, like: Frame) -> Frame:
+        """A session or task frame as if `node` had sent it."""
         head = {"node": node, "boot_id": "b" * 32, "recording": node, "number": number}
         return Frame(kind=like.kind, batch=like.batch, body=like.body, **head, **_marks(now_ns))
 
@@ -169,6 +170,14 @@ class Flow:
                 raise SystemExit(f"the flow ended with status {self.process.returncode}") from None
             return 0
         return int(sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{metric} ", f"{metric}{{"))))
+
+    def serves(self) -> bool:
+        """Whether the process has begun to read."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/healthz", timeout=5):
+                return True
+        except OSError:
+            return False
 
     def cpu_s(self) -> float:
         """CPU time that the process has used."""

@@ -112,6 +112,15 @@ class ClickHouseStore(DocumentStore):
 
     # --- reads
 
+    def holds_event(self, node: str, boot_id: str, *, time_mono_ns: int, kind: int, cpu: int, seq: int) -> bool:
+        """Whether an event is stored: one point read along the table's key."""
+        found = self.client.rows(
+            "SELECT 1 AS found FROM kernel_events WHERE node = {node:String} AND boot_id = {boot:String}"
+            " AND time_mono_ns = {time:Int64} AND kind = {kind:UInt8} AND cpu = {cpu:UInt16} AND seq = {seq:UInt64} LIMIT 1",
+            {"node": node, "boot": boot_id, "time": time_mono_ns, "kind": kind, "cpu": cpu, "seq": seq},
+        )
+        return bool(found)
+
     def events(self, node: str, boot_id: str, from_ns: int, to_ns: int, cpus: Sequence[int] = ()) -> pa.RecordBatch:
         """Events of [from_ns, to_ns) on the monotonic clock as a batch of `EVENTS`, each once, by CPU and sequence number."""
         table = self.client.table(

@@ -87,9 +87,6 @@ class ClickHouseClient:
             writer.write_batch(batch)
         columns = ", ".join(batch.schema.names)
         parameters = {"query": f"INSERT INTO {table} ({columns}) FORMAT ArrowStream", "database": self._database(None)}
-        parameters["optimize_on_insert"] = (
-            "0"  # rows of one batch have no doubles to replace; looking for them costs 2 us a row
-        )
         # Rows of one key become one at merges and in reads, which must look for them anyway; to look at every insert too
         # costs a third of its time (benchmarks/stores.py).
         parameters["optimize_on_insert"] = "0"
