@@ -390,6 +390,8 @@ def outweigh_neighbours() -> None:
     if os.getsid(0) != os.getpid():
         child = os.fork() if os.getpgrp() == os.getpid() else 0
         if child:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda n, _: os.kill(child, n))
             os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         os.setsid()
     with contextlib.suppress(OSError):
