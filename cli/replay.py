@@ -45,3 +45,29 @@ def run(
     from replay import report
 
     sys.exit(report.run(recording, scale=scale, as_json=json))
+
+
+@app.command()
+def verify(
+    recording: Recording,
+    program: Annotated[Path, typer.Option(help="The patched program: a binary or a script with a #! line.")],
+    replays: Annotated[int, typer.Option(min=1, help="How often the control run must show the failure.")] = 3,
+    failure: Annotated[str, typer.Option(metavar="EXPR", help="Over exit_status, stdout and stderr.")] = "exit_status != 0",
+    json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """Does a patched program cure the recorded failure? fixed, not_fixed or cannot_tell, with reasons.
+
+    Exit status: 0 fixed, 1 not fixed, 3 cannot tell.
+    """
+    import json as encoder
+
+    from replay.verify import verify as judge
+
+    answer = judge(recording, program, replays=replays, failure=failure)
+    if json:
+        print(encoder.dumps(answer))
+    else:
+        print(answer["verdict"])
+        for reason in answer["reasons"]:
+            print(f"  {reason}")
+    sys.exit({"fixed": 0, "not_fixed": 1}.get(answer["verdict"], 3))

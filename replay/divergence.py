@@ -14,7 +14,7 @@ from replay.syscalls import decode_call
 __all__ = ["Divergence", "describe", "payload_difference"]
 
 
-class Divergence(Exception):
+class Divergence(Exception):  # noqa: N818 - an outcome, not an error
     """The replay left the recording."""
 
     def __init__(self, kind: str, thread: int, expected: str, actual: str, **more: Any) -> None:

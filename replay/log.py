@@ -59,7 +59,7 @@ class Event(NamedTuple):
     pieces: tuple[bytes, ...]
 
 
-class TruncatedLog(InputError):
+class TruncatedLog(InputError):  # noqa: N818 - names what the file is
     """The log ends before its END event: the recorder was killed."""
 
 
@@ -74,7 +74,7 @@ class LogWriter:
     """Appends events; `close` writes END."""
 
     def __init__(self, folder: Path) -> None:
-        self._file = open(_private(folder / "events.zst"), "wb")
+        self._file = open(_private(folder / "events.zst"), "wb")  # noqa: SIM115 - closed by `close`
         self._stream = zstandard.ZstdCompressor(level=1).stream_writer(self._file)
         self._buffer: list[bytes] = []
         self._size = 0
@@ -115,7 +115,7 @@ class LogWriter:
         if end:
             self.add(Kind.END, 0)
         self.flush()
-        self._stream.close()
+        self._stream.flush(zstandard.FLUSH_FRAME)
         self._file.close()
 
 
@@ -205,7 +205,9 @@ def load_meta(folder: Path) -> dict[str, Any]:
     try:
         meta: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
-        raise InputError(f"{folder} is not a recording: it has no recording.json; `kprobe replay record -o DIR` makes one") from None
+        raise InputError(
+            f"{folder} is not a recording: it has no recording.json; `kprobe replay record -o DIR` makes one"
+        ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     if meta.get("schema") != SCHEMA:

@@ -280,7 +280,9 @@ class Player:
         if following is not None and following.kind == Kind.SIGNAL and following.args[0] == 0:
             thread.state, thread.pending = "boundary", number
             return
-        if following is not None and (following.kind == Kind.PREEMPT or (following.kind == Kind.SIGNAL and following.args[0] == 1)):
+        if following is not None and (
+            following.kind == Kind.PREEMPT or (following.kind == Kind.SIGNAL and following.args[0] == 1)
+        ):
             packed = following.payload if following.kind == Kind.PREEMPT else following.pieces[0]
             self._run_to(thread, struct.unpack("<27Q", packed), number)
             return
@@ -316,7 +318,7 @@ class Player:
         ptrace.set_breakpoint(thread.tid, wanted[ptrace.RIP])
         for _ in range(_BREAKPOINT_BUDGET):
             regs = ptrace.get_regs(thread.tid)
-            if regs[:10] == list(wanted[:10]) and regs[ptrace.RIP] == wanted[ptrace.RIP] and regs[ptrace.RSP] == wanted[ptrace.RSP]:
+            if (*regs[:10], regs[ptrace.RIP], regs[ptrace.RSP]) == (*wanted[:10], wanted[ptrace.RIP], wanted[ptrace.RSP]):
                 ptrace.set_breakpoint(thread.tid, 0)
                 thread.state = "preempted"
                 return
@@ -343,7 +345,7 @@ class Player:
         if event.kind == Kind.SPAWN or shape is None:
             return
         for letter, mine, theirs in zip(shape.args, args, event.args, strict=False):
-            if letter in "fi" and (mine ^ theirs) & 0xFFFFFFFF or letter == "l" and mine != theirs:
+            if (letter in "fi" and (mine ^ theirs) & 0xFFFFFFFF) or (letter == "l" and mine != theirs):
                 raise Divergence("arguments", thread.index, describe(event), actual)
         if event.kind in (Kind.CALL, Kind.EXEC) and log.digest_payload(thread.payload) != event.payload:
             raise Divergence(

@@ -31,7 +31,7 @@ class PtraceError(KprobeError):
     """A ptrace request failed for a reason other than the thread's death."""
 
 
-class Gone(Exception):
+class Gone(Exception):  # noqa: N818 - an outcome, not an error
     """The traced thread does not exist any more (it was killed); its death is reported by wait."""
 
 
@@ -241,7 +241,7 @@ def cpuid(leaf: int, subleaf: int) -> tuple[int, int, int, int]:
     import mmap
 
     # push rbx; mov r8,rdx; mov eax,edi; mov ecx,esi; cpuid; store the four registers behind r8; pop rbx; ret
-    code = bytes.fromhex("53" "4989d0" "89f8" "89f1" "0fa2" "418900" "41895804" "41894808" "4189500c" "5b" "c3")
+    code = bytes.fromhex("534989d089f889f10fa241890041895804418948084189500c5bc3")
     page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
     page.write(code)
     address = ctypes.addressof(ctypes.c_char.from_buffer(page))

@@ -35,7 +35,7 @@ __all__ = ["record"]
 _TICK_S: Final = 0.02
 _ASYNC_PATIENCE_TICKS: Final = 3
 _SPIN_STEPS: Final = 400
-_QUANTUM_CALLS: Final = 3000
+_GIVE_UP_INTERRUPTS: Final = 500  # half a minute of computing while others wait: a thread that spins is found long before
 _SYNCHRONOUS: Final = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP}
 _STOPPING: Final = {signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
 _MAP_ANONYMOUS, _MAP_SHARED_BITS, _PROT_WRITE = 0x20, 0x3, 2
@@ -64,6 +64,7 @@ class _Recorded(Thread):
         self.ticks = 0
         self.preempted = False
         self.last_nr = -1
+        self.interrupts = 0  # since its last call
 
 
 class Recorder:
@@ -88,12 +89,13 @@ class Recorder:
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
-    def run(self, pid: int) -> None:
+    def run(self, pid: int, path: str) -> None:
         """From the first exec stop to the last death."""
         process = Process(pid)
         first = self._add(pid, process, FdTable())
         self.root_tid = pid
-        self._after_exec(first, os.fsencode("/proc/self/exe"))
+        first.payload = os.fsencode(path)
+        self._after_exec(first)
         self.writer.add(Kind.EXEC, first.index, _EXECVE, 0, 0, pieces=self._exec_pieces(first))
         first.status = None
         self._resume(first)
@@ -139,7 +141,6 @@ class Recorder:
 
     def _drive(self, thread: _Recorded) -> None:
         """Run one thread until it blocks, ends or has had its share."""
-        self.calls_at = self.calls
         try:
             while True:
                 status = thread.status
@@ -220,7 +221,6 @@ class Recorder:
         return time.monotonic_ns() - self.t0_ns
 
     def _resume(self, thread: _Recorded, number: int = 0) -> None:
-        thread.ticks = 0
         ptrace.request(ptrace.CONT, thread.tid, 0, number)
 
     def _entry(self, thread: _Recorded) -> bool:
@@ -249,7 +249,7 @@ class Recorder:
 
     def _try_finish(self, thread: _Recorded, nr: int) -> bool:
         """A call that may block: does it end at once? If not, and others can run, it is their turn."""
-        if len(self.threads) == 1 and not nr in _CLONES:
+        if len(self.threads) == 1 and nr not in _CLONES:
             return True
         for _ in range(2):
             os.sched_yield()
@@ -267,9 +267,9 @@ class Recorder:
 
     def _exit(self, thread: _Recorded) -> bool:
         thread.entered = False
-        return self._finish(thread, ptrace.peek_result(thread.tid), stopped=True)
+        return self._finish(thread, ptrace.peek_result(thread.tid))
 
-    def _finish(self, thread: _Recorded, result: int, stopped: bool = False) -> bool:
+    def _finish(self, thread: _Recorded, result: int) -> bool:
         """Log a finished call and let the thread run on."""
         nr, args = thread.nr, thread.args
         shape = syscalls.MODELS.get(nr)
@@ -286,17 +286,19 @@ class Recorder:
         if shape is not None:
             follow(thread.table, shape.name, args, result, thread.payload, pieces)
         self.calls += 1
+        thread.interrupts = thread.ticks = 0
         thread.boundary = (thread.regs[ptrace.RIP], thread.regs[ptrace.RSP])
         self._resume(thread)
         return True
 
     def _extras(self, thread: _Recorded, shape: syscalls.Model, result: int) -> list[bytes]:
-        if shape.nr == _MMAP and result >= 0 or shape.nr == _MMAP and result < -4095:
+        if (shape.nr == _MMAP and result >= 0) or (shape.nr == _MMAP and result < -4095):
             return self._mapped(thread)
         if shape.nr == _SENDFILE and result > 0 and self._to_standard_output(thread, 0):
             return [self._sent(thread, result)]
         if shape.name == "ioctl" and result >= 0 and not syscalls.ioctl_known(thread.args[1]):
-            self._refuse(f"ioctl {thread.args[1] & 0xFFFFFFFF:#x} on {thread.table.label(thread.args[0]) or 'a descriptor'} is not modelled")
+            target = thread.table.label(thread.args[0]) or "a descriptor"
+            self._refuse(f"ioctl {thread.args[1] & 0xFFFFFFFF:#x} on {target} is not modelled")
         if shape.name == "prctl":
             return _prctl_output(thread, result)
         if shape.name == "prlimit64" and result >= 0 and thread.args[3]:
@@ -305,7 +307,7 @@ class Recorder:
 
     def _mapped(self, thread: _Recorded) -> list[bytes]:
         """The content behind a file mapping, by hash."""
-        _, _, prot, flags, fd, _ = thread.args
+        flags, fd = thread.args[3:5]
         fd &= 0xFFFFFFFF
         if flags & _MAP_ANONYMOUS or fd >= 1 << 31:
             return []
@@ -393,8 +395,7 @@ class Recorder:
             got = ptrace.wait(thread.tid)
         if got[0] == 0 or not os.WIFSTOPPED(got[1]):
             raise ptrace.Gone(thread.tid)
-        path = thread.payload
-        self._after_exec(thread, path)
+        self._after_exec(thread)
         self.writer.add(
             Kind.EXEC, thread.index, thread.nr, 0, self._now(), thread.args, thread.payload, self._exec_pieces(thread)
         )
@@ -412,8 +413,7 @@ class Recorder:
             return thread.process
         return Process(thread.tid)
 
-    def _after_exec(self, thread: _Recorded, path: bytes) -> None:
-        del path
+    def _after_exec(self, thread: _Recorded) -> None:
         if not thread.place_scratch():
             self.notes.add("cpuid cannot be trapped here: the processor's identity is taken from the replaying machine")
         self.stack = thread.hide_vdso()
@@ -474,7 +474,8 @@ class Recorder:
             info = thread.held.popleft()[1]
         if self._at_boundary(thread):
             return self._deliver(thread, number, info, 0)
-        thread.held.append((number, info))
+        if number >= 32 or all(number != held for held, _ in thread.held):  # the kernel, too, keeps one of each
+            thread.held.append((number, info))
         self._resume(thread)
         return True
 
@@ -518,10 +519,16 @@ class Recorder:
 
     def _interrupted(self, thread: _Recorded) -> bool:
         """Our own INTERRUPT: does the thread spin? Then its registers repeat, and a replay can stop at the same point."""
+        thread.interrupts += 1
         if thread.held or self.ready:
             regs = self._spinning(thread)
+            if regs is None and thread.status is None and thread.interrupts > (4 if thread.held else _GIVE_UP_INTERRUPTS):
+                regs = ptrace.get_regs(thread.tid)
+                self.notes.add("a thread was interrupted within a computation: a replay may not find that point again")
             if regs is not None:
                 return self._switch_here(thread, regs)
+        if thread.status is not None:
+            return True
         self._resume(thread)
         return True
 
@@ -694,7 +701,7 @@ def record(command: Sequence[str], folder: Path) -> int:
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.setitimer(signal.ITIMER_REAL, _TICK_S, _TICK_S)
     try:
-        recorder.run(pid)
+        recorder.run(pid, path)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.sched_setaffinity(0, affinity)

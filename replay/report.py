@@ -16,7 +16,9 @@ SCHEMA: Final = "kprobe.replay/1"
 DIVERGED: Final = 3
 
 
-def document(result: Result, meta: dict[str, Any], verdict: str | None = None, reasons: list[str] | None = None) -> dict[str, Any]:
+def document(
+    result: Result, meta: dict[str, Any], verdict: str | None = None, reasons: list[str] | None = None
+) -> dict[str, Any]:
     """The JSON of one replay."""
     if reasons is None:
         reasons = [] if result.identical else [_sentence(result)]
@@ -53,7 +55,8 @@ def _pass_through(name: str, data: bytes) -> None:
 
 def _show(result: Result) -> None:
     report = result.divergence or {}
-    print(f"kprobe: the replay left the recording at event {report.get('event')}, thread {report.get('thread')}:", file=sys.stderr)
+    where = f"event {report.get('event')}, thread {report.get('thread')}"
+    print(f"kprobe: the replay left the recording at {where}:", file=sys.stderr)
     for key in ("class", "expected", "actual", "difference", "call_site"):
         if key in report:
             print(f"  {key}: {report[key]}", file=sys.stderr)

@@ -71,7 +71,7 @@ class Sandbox:
         for fd in (0, 1, 2):
             os.dup2(null, fd)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard > soft else soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
         os.dup2(os.open(self._blobs.folder, os.O_RDONLY), BLOB_FD, inheritable=True)
         os.dup2(os.open(self.shared, os.O_RDONLY), SHARED_FD, inheritable=True)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -453,7 +453,8 @@ def _iovecs(memory: Memory, address: int, count: int) -> list[tuple[int, int]]:
 # Terminal and socket requests that predate the encoding of sizes in the number.
 _IOCTL_OUT: Final = {
     0x5401: 36, 0x5413: 8, 0x540F: 4, 0x5429: 4, 0x541B: 4, 0x5411: 4, 0x5405: 18, 0x5424: 4, 0x5415: 4, 0x8905: 4,
-    0x8910: 40, 0x8913: 40, 0x8915: 40, 0x8919: 40, 0x891B: 40, 0x8921: 40, 0x8927: 40, 0x8933: 40, 0x8903: 4, 0x8901: 4, 0x5432: 4,
+    0x8910: 40, 0x8913: 40, 0x8915: 40, 0x8919: 40, 0x891B: 40, 0x8921: 40, 0x8927: 40, 0x8933: 40,
+    0x8903: 4, 0x8901: 4, 0x5432: 4,
     0x5603: 6, 0x4B33: 1, 0x4B44: 4, 0x1260: 8,
 }  # fmt: skip
 _IOCTL_NONE: Final = {
@@ -563,9 +564,7 @@ def output_regions(shape: Model, memory: Memory, args: Sequence[int], result: in
         if result not in (-4, -516):
             return
         words = words[1:]
-    elif result < 0 and result not in (-514, -516) and shape.name != "getsockopt":
-        return
-    elif result < 0:
+    elif (result < 0 and result not in (-514, -516) and shape.name != "getsockopt") or result < 0:
         return
     for word in words:
         yield from _one_region(word, memory, args, result)

@@ -138,7 +138,7 @@ class Thread:
         for at, kind, _ in auxiliary_vector(bytes(stack)):
             if kind == AT_SYSINFO_EHDR:
                 struct.pack_into("<Q", stack, at, AT_IGNORE)
-                self.process.write(top + at, stack[at : at + 8])
+                self.process.write(top + at, bytes(stack[at : at + 8]))
         return bytes(stack)
 
 
@@ -217,7 +217,7 @@ def launch(
             os.close(ready_write)
             os.read(ready_read, 1)
             _child_setup(cpu, program, prepare)
-            os.execve(path, argv, environment)
+            os.execve(path, list(argv), environment)
         except BaseException as error:
             os.write(failed_write, str(error).encode())
         os._exit(127)
