@@ -70,10 +70,15 @@ class Sender(threading.Thread):
             self._announce(tick, part)
 
     def _announce(self, tick: int, part: dict[str, Any]) -> None:
-        """The whole slice as an operation of the thread that it has most events of."""
+        """The whole slice as an operation of the thread that it has fewest events of, but ten."""
         tids, counts = np.unique(part["tid"][part["tid"] > 0], return_counts=True)
         first, last = int(part["time_mono_ns"][0]), int(part["time_mono_ns"][-1])
-        row = {"operation_id": f"bench-{tick}", "type": "bench", "tid": int(tids[counts.argmax()]), "node": "bench"}
+        row = {
+            "operation_id": f"bench-{tick}",
+            "type": "bench",
+            "tid": int(tids[np.where(counts >= 10, counts, counts.max()).argmin()]),
+            "node": "bench",
+        }
         row |= {"start_mono_ns": first, "end_mono_ns": last, "deadline_ns": (last - first) // 2}
         self._writer.send(self._names["operations"], "bench", orjson.dumps(row))
 
