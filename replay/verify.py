@@ -4,7 +4,8 @@ What: first the control: the unpatched program on its recording, N times; each m
 answer about the patched program, as `fixed`, `not_fixed` or `cannot_tell` with reasons.
 Guarantees: never `fixed` without proof. The recorded program itself is `not_fixed`; any other is `cannot_tell`, because the
 player follows only a program that makes the recorded calls.
-The failure is an exit status other than 0, or an expression over `exit_status`, `stdout`, `stderr` (comparison, `in`, `and`, `or`,
+The failure is an exit status other than 0, or an expression over `exit_status`, `stdout`, `stderr`
+(comparison, `in`, `and`, `or`,
 `not`, literals; nothing can be called).
 """
 
