@@ -21,8 +21,8 @@ The questions:
 Mechanism resolvers (`block`, `journal`, `memory`, `network`) are written against the smaller `causality.window`.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -44,6 +44,7 @@ _SWITCH: Final = BY_NAME["sched_switch"]
 _MIGRATE: Final = BY_NAME["sched_migrate_task"]
 _WAKING: Final = BY_NAME["sched_waking"]
 _NR_FUTEX: Final = 202
+_FOR_EVER_NS: Final = (1 << 63) - 1
 # What the kernel reports in prev_state for a thread that is still runnable: nothing, or only "preempted" of the text format.
 _RUNNABLE_STATES: Final = (0, 256)
 _DEAD: Final = 0x10 | 0x20 | 0x80
@@ -234,10 +235,36 @@ class _LazyColumns(Mapping[str, npt.NDArray[Any]]):
         return 0
 
 
-@dataclass(slots=True)
-class _TaskStates:
-    intervals: list[Interval]
-    starts: npt.NDArray[Any] = field(default_factory=lambda: np.empty(0, np.int64))
+class _Stretch:
+    """The states of one thread over a time in which nothing is missing, made when they are asked for.
+
+    A busy thread has tens of thousands of intervals in an operation's look-back, and an operation needs a few of them:
+    deriving where they begin and end is one vectorised pass, making each of them (its wake, its queue) is not.
+    `stop_mono_ns` is where the stretch ends: later intervals are no part of it, an earlier one is clipped.
+    """
+
+    def __init__(
+        self, early: list[Interval], starts: npt.NDArray[Any], make: Callable[[int], list[Interval]], stop_mono_ns: int
+    ) -> None:
+        self._early, self._starts, self._make, self.stop_mono_ns = early, starts, make, stop_mono_ns
+        self._made: dict[int, list[Interval]] = {}
+
+    def within(self, start_mono_ns: int, end_mono_ns: int) -> Iterator[Interval]:
+        """The intervals that touch [start, end), in order; one or two before them may come along."""
+        yield from (i for i in self._early if i.end_mono_ns > start_mono_ns and i.start_mono_ns < end_mono_ns)
+        first = max(0, int(np.searchsorted(self._starts, start_mono_ns, side="right")) - 1)
+        after = int(np.searchsorted(self._starts, min(end_mono_ns, self.stop_mono_ns), side="left"))
+        for k in range(first, after):
+            if k not in self._made:
+                made = [i for i in self._make(k) if i.start_mono_ns < self.stop_mono_ns]
+                self._made[k] = [replace(i, end_mono_ns=min(i.end_mono_ns, self.stop_mono_ns)) for i in made]
+            yield from self._made[k]
+
+
+def _stretch_of(intervals: list[Interval], stop_mono_ns: int) -> _Stretch:
+    """A stretch of intervals that are known already."""
+    kept = [replace(i, end_mono_ns=min(i.end_mono_ns, stop_mono_ns)) for i in intervals if i.start_mono_ns < stop_mono_ns]
+    return _Stretch(kept, np.empty(0, np.int64), lambda _: [], stop_mono_ns)
 
 
 def _united(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -275,7 +302,7 @@ class Timeline:
         self._table = tasks
         self._segments = [s for s in segments if len(s) and s.last_mono_ns >= lo_mono_ns and s.first_mono_ns <= hi_mono_ns]
         self._all_losses = [x for x in losses if x.end_mono_ns > lo_mono_ns and x.start_mono_ns <= hi_mono_ns]
-        self._states: dict[Key, _TaskStates] = {}
+        self._states: dict[Key, list[_Stretch]] = {}
         self._tasks: dict[Key, Task] = {}
         self._tgids: dict[Key, int] = {}
         self._cgroups: dict[Key, int] = {}
@@ -473,15 +500,11 @@ class Timeline:
 
     def states(self, key: Key, start_mono_ns: int, end_mono_ns: int) -> list[Interval]:
         """Contiguous states of a thread that cover [start, end) exactly; losses are not yet taken out (see `lost_parts`)."""
-        held = self._states.get(key)
-        if held is None:
-            intervals = self._derive(key)
-            held = _TaskStates(intervals, np.array([i.start_mono_ns for i in intervals], np.int64))
-            self._states[key] = held
-        first = max(0, int(np.searchsorted(held.starts, start_mono_ns, side="right")) - 1)
+        if key not in self._states:
+            self._states[key] = self._derive(key)
         out: list[Interval] = []
         at = start_mono_ns
-        for interval in held.intervals[first:]:
+        for interval in (i for stretch in self._states[key] for i in stretch.within(start_mono_ns, end_mono_ns)):
             if interval.start_mono_ns >= end_mono_ns:
                 break
             if interval.end_mono_ns <= at:
@@ -494,24 +517,23 @@ class Timeline:
             out.append(Interval(at, end_mono_ns, UNKNOWN, -1, ()))
         return out
 
-    def _derive(self, key: Key) -> list[Interval]:
+    def _derive(self, key: Key) -> list[_Stretch]:
         rows = self._subject(key[0])
         starts = self._starts_of(key[0], rows)
         if key[1] and len(rows):
             rows = rows.where((starts == key[1]) | (starts == 0))
         if not len(rows):
-            return self._without_changes(key)
+            return [_stretch_of(self._without_changes(key), _FOR_EVER_NS)]
         gaps = self._gaps(rows, self._roles(key[0], rows))
-        out: list[Interval] = []
+        out: list[_Stretch] = []
         begin, first = self.proven_mono_ns, self.lo_mono_ns
         for start, end in [*gaps, (self.hi_mono_ns, self.hi_mono_ns)]:
             last = start == self.hi_mono_ns
             part = rows.where((rows.time >= first) & ((rows.time <= start) | last))
             if len(part):
-                found = self._derive_part(key, part, begin, start)
-                out += [replace(i, end_mono_ns=min(i.end_mono_ns, start)) for i in found if i.start_mono_ns < start]
+                out.append(self._derive_part(key, part, begin, start))
             if not last:
-                out.append(Interval(start, end, UNKNOWN, -1, (), lost=True))
+                out.append(_stretch_of([Interval(start, end, UNKNOWN, -1, (), lost=True)], end))
             begin = first = end
         return out
 
@@ -539,7 +561,7 @@ class Timeline:
                 found.append((at, end))
         return _united(found)
 
-    def _derive_part(self, key: Key, rows: Rows, proven: int | None, until: int) -> list[Interval]:
+    def _derive_part(self, key: Key, rows: Rows, proven: int | None, until: int) -> _Stretch:
         """States from rows between which nothing is missing; what came before the first is proven from `proven` on."""
         roles = self._roles(key[0], rows)
         out = roles == OUT
@@ -552,7 +574,7 @@ class Timeline:
     def _intervals(
         self, rows: Rows, roles: npt.NDArray[Any], prev_state: npt.NDArray[Any], changes: Changes, proven: int | None,
         until: int,
-    ) -> list[Interval]:
+    ) -> _Stretch:
         states = derive(changes)
         throttle_out = rows.get("prev_throttled", "sched_switch") == 1
         throttle_wake = rows.get("throttled", "sched_waking") == 1
@@ -561,16 +583,20 @@ class Timeline:
             roles == MIGRATE, rows.get("dest_cpu", "sched_migrate_task"),
             np.where((roles == IN) | (roles == OUT) | (roles == FORK), cpus, rows.get("target_cpu", "sched_waking")),
         )  # fmt: skip
-        result = self._prefix(rows, roles, target, proven, until)
-        for k in range(len(states.state)):
-            start, end, state = int(states.start_mono_ns[k]), int(states.end_mono_ns[k]), int(states.state[k])
+        ends = np.where(states.open, np.minimum(states.end_mono_ns, until), states.end_mono_ns)
+        cause_role = roles[states.cause] if len(states.cause) else np.empty(0, np.int8)
+        died = (cause_role == OUT) & (prev_state[states.cause] & _DEAD != 0) & np.isin(states.state, (BLOCKED, UNKNOWN))
+        lasting = ends > states.start_mono_ns
+        deaths = np.flatnonzero(died & lasting)
+        kept = np.flatnonzero(lasting)
+        if len(deaths):
+            kept = kept[kept < deaths[0]]
+
+        def make(i: int) -> list[Interval]:
+            k = int(kept[i])
+            start, end, state = int(states.start_mono_ns[k]), int(ends[k]), int(states.state[k])
             cause, wake_row = int(states.cause[k]), int(states.wake[k])
             is_open = bool(states.open[k])
-            end = min(end, until) if is_open else end
-            if end <= start:
-                continue
-            if roles[cause] == OUT and int(prev_state[cause]) & _DEAD and state in (BLOCKED, UNKNOWN):
-                break
             unseen = None
             if state == RUNNING and not is_open and self._next_role(roles, cause) != OUT:
                 seen_until = self._switched_away(int(cpus[cause]), start, end)
@@ -584,16 +610,20 @@ class Timeline:
             throttled = state == RUNNABLE and bool(
                 throttle_out[cause] if roles[cause] == OUT else throttle_wake[cause] if roles[cause] != IN else False
             )
-            result.append(
+            made = [
                 Interval(
                     start, end, state, int(places[-1][1] if places else target[cause]), (rows.id(cause),),
                     prev_state=int(prev_state[cause]) if roles[cause] == OUT else 0, wake=wake, open=is_open,
                     throttled=throttled, places=places, unplaced=unplaced, role=int(roles[cause]),
                 )
-            )
+            ]  # fmt: skip
             if unseen is not None:
-                result.append(Interval(*unseen, UNKNOWN, int(cpus[cause]), (rows.id(cause),)))
-        return result
+                made.append(Interval(*unseen, UNKNOWN, int(cpus[cause]), (rows.id(cause),)))
+            return made
+
+        early = [i for i in self._prefix(rows, roles, target, proven, until) if i.start_mono_ns < until]
+        early = [replace(i, end_mono_ns=min(i.end_mono_ns, until)) for i in early]
+        return _Stretch(early, states.start_mono_ns[kept], make, until)
 
     @staticmethod
     def _next_role(roles: npt.NDArray[Any], row: int) -> int:
@@ -621,10 +651,10 @@ class Timeline:
         end = first
         if role == WAKING:
             # The thread may have been running when it was woken: only a switch-in next proves that it slept.
-            later = [int(r) for r in roles[1:] if int(r) in (IN, OUT)]
-            if later[:1] == [OUT]:
+            later = roles[1:][np.isin(roles[1:], (IN, OUT))][:1]
+            if list(later) == [OUT]:
                 state, wake = RUNNING, None
-            elif not later and begin != self.proven_mono_ns:
+            elif not len(later) and begin != self.proven_mono_ns:
                 return []
         result = [Interval(begin, end, state, int(target[0]), (rows.id(0),), wake=wake, inferred=True, places=places)]
         if role == WAKING:
@@ -634,8 +664,8 @@ class Timeline:
     def _after_first_wake(
         self, rows: Rows, roles: npt.NDArray[Any], target: npt.NDArray[Any], state: int, first: int, until: int
     ) -> list[Interval]:
-        defining = [i for i in range(len(roles)) if int(roles[i]) in (IN, OUT, FORK)]
-        end = int(rows.time[defining[0]]) if defining else until
+        defining = np.flatnonzero(np.isin(roles, (IN, OUT, FORK)))[:1]
+        end = int(rows.time[defining[0]]) if len(defining) else until
         if end <= first:
             return []
         if state == RUNNING:
@@ -645,7 +675,7 @@ class Timeline:
         throttled = bool(rows.get("throttled", "sched_waking")[0] == 1)
         return [
             Interval(
-                first, end, RUNNABLE, places[-1][1], (rows.id(0),), wake=wake, open=not defining, places=places,
+                first, end, RUNNABLE, places[-1][1], (rows.id(0),), wake=wake, open=not len(defining), places=places,
                 unplaced=unplaced, throttled=throttled,
             )
         ]  # fmt: skip
