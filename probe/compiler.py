@@ -108,7 +108,7 @@ def _field_macros(types: KernelTypes, body: str) -> tuple[list[str], tuple[str, 
             continue
         missing.append(path)
         if not _is_guarded(token, body):
-            lines.append(f"#define {token} {_ABSENT_FIELD:#x}ULL")
+            lines += [f"#define {token} {_ABSENT_FIELD:#x}ULL", f"#define {token}_BIT 0"]
     return lines, tuple(missing)
 
 

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from probe.ring import GRACE_NS, CpuLedger, round_ring_bytes
+from probe.source import _out_of_order
 
 
 def account(ledger, seq, now=0):
@@ -89,3 +90,14 @@ def test_every_number_is_delivered_or_lost_or_open(data):
 
 def test_ring_sizes_are_what_the_kernel_takes():
     assert [round_ring_bytes(n) for n in (1, 4096, 4097, 64 << 20, 3 << 30)] == [4096, 4096, 8192, 64 << 20, 1 << 31]
+
+
+@given(st.lists(st.integers(0, 40), max_size=30))
+def test_sorting_only_what_is_out_of_place_sorts_all(values):
+    times, seq = np.array(values, np.int64), np.arange(len(values))[::-1]
+
+    places = _out_of_order(times)
+    order = np.arange(len(times))
+    order[places] = places[np.lexsort((seq[places], times[places]))]
+
+    assert order.tolist() == np.lexsort((seq, times)).tolist()
