@@ -308,6 +308,8 @@ class Timeline:
         self._cgroups: dict[Key, int] = {}
         self._subjects: dict[int, Rows] = {}
         self._starts: dict[int, npt.NDArray[Any]] = {}
+        self._only_life: dict[int, int] = {}  # start of the one life that the view's events of a tid name
+        self._births: dict[Key, int] = {}
         self._cpus: list[int] | None = None
         self._ids = f"{node}/{boot_id}/"
 
@@ -418,6 +420,8 @@ class Timeline:
         """Which life of `tid` was there at a time: by the scheduler events nearest to it, else by the task rows."""
         rows = self._subject(tid)
         starts = self._subject_starts(tid)
+        if tid in self._only_life:
+            return (tid, self._only_life[tid])
         if len(starts):
             after = int(np.searchsorted(rows.time, time_mono_ns))
             later = starts[after:]
@@ -439,6 +443,9 @@ class Timeline:
         held = self._starts.get(tid)
         if held is None:
             held = self._starts[tid] = self._starts_of(tid, self._subject(tid))
+            lives = np.unique(held[held != 0])
+            if len(lives) == 1:
+                self._only_life[tid] = int(lives[0])
         return held
 
     def _ended(self, tid: int, start_boot_ns: int) -> int | None:
@@ -903,10 +910,12 @@ class Timeline:
 
     def _born(self, key: Key) -> int:
         """When this life of a tid began, if that was seen: calls before are another's (the last one never returns)."""
-        rows = self._subject(key[0])
-        roles = self._roles(key[0], rows)
-        first = np.flatnonzero(((roles == FORK) | (roles == NEW)) & (self._subject_starts(key[0]) == key[1]))
-        return int(rows.time[first[0]]) if len(first) else self.lo_mono_ns
+        if key not in self._births:
+            rows = self._subject(key[0])
+            roles = self._roles(key[0], rows)
+            first = np.flatnonzero(((roles == FORK) | (roles == NEW)) & (self._subject_starts(key[0]) == key[1]))
+            self._births[key] = int(rows.time[first[0]]) if len(first) else self.lo_mono_ns
+        return self._births[key]
 
     def records_syscalls(self, key: Key) -> bool:
         """Were system calls of this thread recorded in the view?"""
