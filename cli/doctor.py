@@ -78,9 +78,8 @@ def _print(report: dict[str, Any]) -> None:
     print(f"\nkernel {report['kernel']}")
     print("\n".join(aligned([["", "family", "events", "not here", "for"], *map(_line, report["families"].items())])))
     for name, gap in report["missing"].items():
-        print(
-            f"\nmissing {name} ({gap['purpose']}): without it no {', '.join(gap['causes']) or 'detail'}\n  remedy: {gap['remedy']}"
-        )
+        print(f"\nmissing {name} ({gap['purpose']}): without it no {', '.join(gap['causes']) or 'detail'}")
+        print(f"  remedy: {gap['remedy']}")
     print(f"\ncauses that cannot be named here: {', '.join(report['unavailable_causes']) or 'none'}")
 
 
