@@ -237,7 +237,7 @@ class NodeEngine:
             failure = _failure(timeline, window, victim, start, end)
         return build(
             operation, timeline, walk, victim, start=start, end=end, failure=failure,
-            retained=self._log.evicted_mono_ns < start - self.config.lookback_ns, provisional=until_mono_ns is not None,
+            retained=self._log.evicted_mono_ns < max(0, start - self.config.lookback_ns), provisional=until_mono_ns is not None,
         )  # fmt: skip
 
     def timeline(self, start_mono_ns: int, end_mono_ns: int) -> Timeline:
