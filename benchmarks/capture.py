@@ -86,9 +86,9 @@ def recording(watch: str, **settings: Any) -> Iterator[dict[str, int]]:
     finally:
         stop.set()
         thread.join()
-        take()
-        time.sleep(0.3)  # longer than a hole may stay unsettled
-        take()
+        deadline = time.monotonic() + 10
+        while any(c["unsettled"] for c in source.stats()["cpus"].values()) and time.monotonic() < deadline:
+            take()
         seen["produced"] = sum(c["produced"] for c in source.stats()["cpus"].values())
         source.close()
 

@@ -67,8 +67,8 @@ SHED_ORDER: Final = (
 )
 assert set(SHED_ORDER) == set(FAMILIES)
 
-_READ_MAX: Final = 1 << 18  # records copied at once from one ring: 19 MB
-_DRAIN_MAX: Final = 1 << 20  # records of one CPU in one drain: the caller's batch stays bounded
+_READ_MAX: Final = 1 << 16  # records copied at once from one ring: 4.7 MB, so that the memory is used again
+_DRAIN_MAX: Final = 1 << 17  # records of one CPU in one drain: the caller's batch stays bounded
 _LIFECYCLE_KINDS: Final = np.isin(np.arange(256), [BY_NAME[name].number for name in LIFECYCLE])
 _STATE_WORDS: Final = 8  # struct cpu_state of bpf/common.h
 _SEQUENCE, _DROPPED, _TEXT_DROPPED, _UNREADABLE, _FILTER_FULL = range(5)
