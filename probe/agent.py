@@ -1,6 +1,7 @@
 """The agent: drains the source on a timer, makes frames of it and hands them to the outputs.
 
-One thread does everything, in this order, every `drain_interval_ms`: drain the rings, collect a batch, and when it holds
+One thread does everything, in this order, every `drain_interval_ms` (every half `batch_linger_ms` while the rings stay nearly
+empty, because a drain costs what it costs): drain the rings, collect a batch, and when it holds
 `batch_events` or is `batch_linger_ms` old, send its frames (session, tasks, losses, events) to every output; let the outputs do
 what is due; every second check the accounts and the limits. Nothing here runs per event.
 
@@ -25,6 +26,7 @@ from typing import Any, Final, Protocol
 import numpy.typing as npt
 
 from events.frames import Watermark
+from events.records import RECORD_BYTES
 from events.settings import ProbeSettings
 from probe.accounts import Account, RingLedger
 from probe.framing import Framer, Row, Sealed, concatenate, loss_row
@@ -38,6 +40,8 @@ _FOR_EVER_NS: Final = 1 << 62  # far enough, and sums with it do not overflow
 _SECOND_NS: Final = 1_000_000_000
 _HEARTBEAT_NS: Final = 200_000_000
 _STUCK_NS: Final = 10_000_000_000
+_RING_RECORD_BYTES: Final = RECORD_BYTES + 8  # with the ring's own header
+_SPARE: Final = 16
 _FINISH_TIMEOUT_S: Final = 10.0
 # Draining after the detach ends with the first empty drain; a source that never comes to an end must not hold up SIGTERM.
 _LAST_DRAINS_MAX: Final = 1000
@@ -137,6 +141,7 @@ class Agent:
         self._sent_watermark_ns = 0
         self._sent_mono_ns = 0
         self._checked_mono_ns = 0
+        self._drained_rows = 0
         # A pipe, not an Event: setting an Event in a signal handler can deadlock with the wait that it interrupts.
         self.ticked_mono_ns = 0
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -149,13 +154,12 @@ class Agent:
 
     def run(self, stop: Callable[[], bool]) -> Summary:
         """Record until `stop()` is true or a cap ends the recording; `stop` is asked after every drain."""
-        interval_s = self._settings.drain_interval_ms / 1000
         try:
             self._send_session()
             while not (self._detached or stop()):
                 began = time.monotonic()
                 self.tick()
-                self._wait(interval_s - (time.monotonic() - began))
+                self._wait(self._interval_s() - (time.monotonic() - began))
         except BaseException as error:
             self.summary.error = str(error)
             raise
@@ -207,6 +211,13 @@ class Agent:
         """Families given up so far."""
         return tuple(self._shed)
 
+    def _interval_s(self) -> float:
+        """Seconds from one drain to the next: a ring that fills at the pace of the last drain stays below a sixteenth."""
+        shortest_ms, linger_ms = self._settings.drain_interval_ms, self._settings.batch_linger_ms
+        capacity = self._settings.ring_bytes_per_cpu // _RING_RECORD_BYTES
+        relaxed = self._drained_rows * _SPARE * max(linger_ms // 2 // shortest_ms, 1) < capacity
+        return (max(shortest_ms, linger_ms // 2) if relaxed else shortest_ms) / 1000
+
     def _wait(self, seconds: float) -> None:
         ready, _, _ = select.select([self._wake_read], [], [], max(0.0, seconds))
         if ready:
@@ -219,7 +230,7 @@ class Agent:
         for row in drained.losses:
             self.summary.lost[row["reason"]] += row["count"] or 0
         self._watermark = drained.watermark
-        rows = len(drained.columns["time_mono_ns"])
+        rows = self._drained_rows = len(drained.columns["time_mono_ns"])
         self.account.accepted += rows
         self.account.pending += rows
         self.summary.events += rows

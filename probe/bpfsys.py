@@ -108,8 +108,11 @@ _INFO_BYTES: Final = 232
 _MISSES_AT: Final = 208  # bpf_prog_info.recursion_misses, since Linux 5.12
 
 
+_NUMBER: Final = _SYSCALL_NUMBER.get(os.uname().machine)  # asked once: `_bpf` runs for every program in every drain
+
+
 def _bpf(command: int, attr: _Attr) -> int:
-    number = _SYSCALL_NUMBER.get(os.uname().machine)
+    number = _NUMBER
     if number is None:
         raise CapabilityError(f"kprobe knows no bpf() on {os.uname().machine}; it runs on x86_64 and aarch64")
     result = int(_libc.syscall(number, command, ctypes.byref(attr), ctypes.sizeof(attr)))

@@ -102,7 +102,8 @@ class Kept:
 def run(source, turns, outputs=None, usage=None, **settings):
     output = Kept()
     more = {} if usage is None else {"usage": usage}
-    agent = Agent(source, framer(), outputs or [output], ProbeSettings(drain_interval_ms=1, **settings), **more)
+    quick = ProbeSettings(**{"drain_interval_ms": 1, "batch_linger_ms": 2, **settings})
+    agent = Agent(source, framer(), outputs or [output], quick, **more)
     left = itertools.count(turns, -1)
     summary = agent.run(lambda: next(left) == 0)
     return agent, summary, output
