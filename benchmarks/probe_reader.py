@@ -1,8 +1,9 @@
 """What the probe itself costs: reader CPU an event, from the ring to bytes handed to Kafka; frames, and bytes on the wire.
 
-    python -m benchmarks.probe_reader [--rounds 3] [--seconds 5] [--bootstrap HOST:PORT] [--json FILE]
+    python -m benchmarks.probe_reader [--rounds 3] [--seconds 5] [--rate 500000] [--bootstrap HOST:PORT] [--json FILE]
 
-A loop of getppid calls (`capture_loop.c`) runs on every CPU and is watched with the families syscalls and sched; the agent of
+A loop of getppid calls (`capture_loop.c`) runs on every CPU, paced (flat out it can make more events than any two cores can
+both make and read; `benchmarks.capture` has the storm), and is watched with the families syscalls and sched; the agent of
 `kprobe probe` drains, makes frames and sends them to a real Kafka (its own, in a temporary folder, unless --bootstrap is
 given). CPU an event is the process time of the whole agent process, librdkafka's threads included, over the events delivered;
 what the idle agent costs is measured before and reported beside it, not subtracted. Frame costs are for frames of recorded
@@ -38,6 +39,7 @@ from stack.local import LocalStack
 HERE = Path(__file__).parent
 BAR_NS = 400.0
 NODE = "benchmark"
+_PACE_S = 0.05
 OFF = [f for f in FAMILIES if f not in ("syscalls", "sched")]
 
 
@@ -134,7 +136,16 @@ def frame_costs(kept: Sequence[Sealed]) -> dict[str, float]:
     }
 
 
-def one_round(kafka: KafkaSettings, folder: Path, seconds: float) -> dict[str, Any]:
+def _feed(child: "subprocess.Popen[bytes]", rate: float, ended: threading.Event) -> None:
+    """Ask for batches at the pace that makes `rate` events a second and CPU (a call is two events, a batch 1000 calls)."""
+    assert child.stdin is not None
+    with child.stdin as stdin:
+        while not ended.wait(_PACE_S):
+            stdin.write(f"{max(round(rate * _PACE_S / 2000), 1)}\n".encode())
+            stdin.flush()
+
+
+def one_round(kafka: KafkaSettings, folder: Path, seconds: float, rate: float) -> dict[str, Any]:
     """Idle, then under load."""
     with loop(folder) as pid:
         idle = agent_run(kafka, folder, pid, 3.0, lambda: None)
@@ -144,18 +155,15 @@ def one_round(kafka: KafkaSettings, folder: Path, seconds: float) -> dict[str, A
         )
         stack.callback(child.wait)
         stack.callback(child.kill)
-        feeder = child.stdin
-        assert feeder is not None
-        stack.callback(feeder.close)
+        ended = threading.Event()
+        feeder = threading.Thread(target=_feed, args=(child, rate, ended))
 
         def begin() -> None:
-            feeder.write(b"400000\n")  # more batches than any run has time for
-            feeder.flush()
+            feeder.start()
+            stack.callback(feeder.join)
+            stack.callback(ended.set)
 
-        ended = threading.Timer(seconds, child.kill)
-        ended.start()
         busy = agent_run(kafka, folder, child.pid, seconds, begin)
-        ended.join()
     return {
         "events_per_s": busy["events"] / busy["took_s"],
         "reader_ns_an_event": busy["cpu_ns"] / busy["events"],
@@ -170,13 +178,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--rate", type=float, default=500_000, help="events a second and CPU (default: %(default)s)")
     parser.add_argument("--bootstrap", help="a Kafka that runs (its topic kprobe.raw.v1 gets the events)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with kafka_at(options.bootstrap, folder) as kafka:
-            rounds = [one_round(kafka, folder, options.seconds) for _ in range(options.rounds)]
+            rounds = [one_round(kafka, folder, options.seconds, options.rate) for _ in range(options.rounds)]
     medians = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
     print(f"{'figure':<44} {'median':>12}   rounds")
     for key, value in medians.items():
