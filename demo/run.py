@@ -212,6 +212,16 @@ class Demo:
     def _drive(self, port: int) -> int | None:
         """Send the payments one after another; during SETTLEMENT the batch job computes. Returns its pid."""
         self.say(f"payments: settling {FIRST} to {LAST}")
+        try:
+            return self._settle_all(port)
+        except OSError as error:
+            service = next(c for c in self._children if c.name == "settlement service")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                service.process.wait(timeout=2)  # its connection ends a moment before its process
+            self._check_alive()
+            raise DemoError(f"the settlement service does not answer on port {port}: {error}") from error
+
+    def _settle_all(self, port: int) -> int | None:
         batch_pid = None
         with socket.create_connection(("127.0.0.1", port), timeout=self.timeout_s) as client, client.makefile("rb") as answers:
             for number in range(FIRST, LAST + 1):
@@ -221,8 +231,7 @@ class Demo:
                     body = {"settlement": number, "payment": number + PAYMENT_OFFSET, "amount": f"{number}.50"}
                     client.sendall(json.dumps(body).encode() + b"\n")
                     if not answers.readline():
-                        self._check_alive()
-                        raise DemoError("the settlement service hung up")
+                        raise ConnectionError("it hung up")
                 self._check_alive()
         return batch_pid
 
