@@ -31,7 +31,7 @@ def columns(count: int, seed: int) -> dict[str, npt.NDArray[Any]]:
     """Events of `_CPUS` CPUs in the order of time: a switch chain per CPU that is consistent, with other events between."""
     rng = np.random.default_rng(seed)
     kinds = {n: BY_NAME[n].number for n in ("sched_switch", "sched_waking", "sys_enter", "sys_exit", "local_timer_entry")}
-    choice = rng.choice(np.array(list(kinds.values()), np.uint8), count, p=[0.25, 0.15, 0.28, 0.28, 0.04])
+    choice = rng.choice(np.array(list(kinds.values()), np.uint8), count, p=[0.06, 0.04, 0.43, 0.43, 0.04])
     time_ns = np.cumsum(rng.integers(1, 2 * _MEAN_GAP_NS // _CPUS, count)).astype(np.int64) + 1_000_000_000
     cpu = rng.integers(0, _CPUS, count).astype(np.uint16)
     tid = np.zeros(count, np.uint32)

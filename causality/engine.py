@@ -122,6 +122,7 @@ class NodeEngine:
         self._edges = EdgeFold()
         self._missing_frames = 0
         self._finished = False
+        self._numbering: tuple[tuple[int, ...], list[tuple[int, int, int, int, int]]] | None = None
 
     # --- in
 
@@ -183,7 +184,12 @@ class NodeEngine:
     def finish(self) -> FoldResult:
         """The input has ended: everything held is final."""
         self._finished = True
-        return self._seal(0, self._log.late_events, self._log.duplicate_events)
+        result = self._seal(0, self._log.late_events, self._log.duplicate_events)
+        self._log.settle()
+        for segment in self._log.segments:
+            segment.index()
+        self._holes(0, 0)
+        return result
 
     # --- out
 
@@ -266,22 +272,19 @@ class NodeEngine:
 
     def _holes(self, lo: int, hi: int) -> list[Loss]:
         """Holes in the sequence numbers within a view that no loss row explains."""
-        found = []
         lo, hi = lo + _HOLE_SLACK_NS, hi - _HOLE_SLACK_NS
-        for cpu in sorted({c for s in self._log.segments for c in s.cpus()}):
-            parts = [_numbers(s, cpu, lo, hi) for s in self._log.segments if s.last_mono_ns >= lo and s.first_mono_ns <= hi]
-            if not parts:
-                continue
-            seq, time = np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
-            if len(seq) < 2 or int(seq.max()) - int(seq.min()) + 1 == len(seq):
-                continue
-            order = np.argsort(seq, kind="stable")
-            seq, time = seq[order].astype(np.int64), time[order]
-            for i in np.flatnonzero(np.diff(seq) > 1):
-                a, b = sorted((int(time[i]), int(time[i + 1])))
-                known = any(x.cpu in (None, cpu) and x.start_mono_ns <= b and x.end_mono_ns >= a for x in self._losses.values())
+        mark = tuple(map(id, self._log.segments))
+        if self._numbering is None or self._numbering[0] != mark:
+            self._numbering = mark, _numbering(self._log.segments)
+        found = []
+        for cpu, before, after, numbers, filled in self._numbering[1]:
+            # A number that came with a later time than the view's end is missing from the view.
+            if lo <= before and after < hi and filled > hi + _HOLE_SLACK_NS:
+                known = any(
+                    x.cpu in (None, cpu) and x.start_mono_ns <= after and x.end_mono_ns >= before for x in self._losses.values()
+                )
                 if not known:
-                    found.append(Loss(a, b, cpu, "sequence_hole", "", int(seq[i + 1] - seq[i] - 1)))
+                    found.append(Loss(before, after, cpu, "sequence_hole", "", numbers))
         return found
 
     def _victim(self, timeline: Timeline, tid: int, start: int, end: int) -> Key:
@@ -334,10 +337,25 @@ class NodeEngine:
         return engine
 
 
-def _numbers(segment: Segment, cpu: int, lo: int, hi: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    rows = segment.rows_of_cpu(cpu)
-    a, b = np.searchsorted(rows, (np.searchsorted(segment.time, lo), np.searchsorted(segment.time, hi)))
-    return segment.columns["seq"][rows[a:b]], segment.time[rows[a:b]]
+def _numbering(segments: Sequence[Segment]) -> list[tuple[int, int, int, int, int]]:
+    """(cpu, time before, time after, numbers missing, when they came after all or never) of all breaks in the numbering."""
+    found = []
+    for cpu in sorted({c for s in segments for c in s.cpus()}):
+        parts = [(s, s.rows_of_cpu(cpu)) for s in segments]
+        seq = np.concatenate([s.columns["seq"][r] for s, r in parts]).astype(np.int64)
+        time = np.concatenate([s.time[r] for s, r in parts])
+        if (np.diff(seq) != 1).any():
+            order = np.argsort(seq, kind="stable")
+            seq, time = seq[order], time[order]
+        for i in np.flatnonzero(np.diff(seq) > 1):
+            a, b = sorted((int(time[i]), int(time[i + 1])))
+            found.append((cpu, a, b, int(seq[i + 1] - seq[i] - 1), _NEVER))
+        # Numbers are taken before the time is: one may come much later than its successor.
+        earliest_after = np.minimum.accumulate(time[::-1])[::-1]
+        for i in np.flatnonzero(time[:-1] > earliest_after[1:] + _HOLE_SLACK_NS):
+            a, b = sorted((int(time[i - 1]) if i else 0, int(time[i + 1])))
+            found.append((cpu, a, b, 1, int(time[i])))
+    return found
 
 
 def _failure(timeline: Timeline, window: Window, victim: Key, start: int, end: int) -> FailureCause | None:

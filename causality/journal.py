@@ -161,14 +161,13 @@ def resolve_dirty(window: Window, wait: Wait) -> list[Piece]:
     rows, i = announced
     if int(rows.time[i]) < wait.blocked_mono_ns - _PAUSE_AFTER_NS or int(rows.get("pause_jiffies")[i]) <= 0:
         return []
-    culprit = _dirtier(rows, i, wait)
+    culprit = _dirtier(window.rows("balance_dirty_pages"), int(rows.get("bdi_dev")[i]), wait)
     confidence = "exact" if culprit is None else "statistical"
     leaf = Leaf(wait.start_mono_ns, wait.end_mono_ns, "wait.dirty", "dirty_throttle", culprit, (rows.ref(i),), confidence)
     return [leaf]
 
 
-def _dirtier(rows: Rows, i: int, wait: Wait) -> Who | None:
-    device = rows.get("bdi_dev")[i]
+def _dirtier(rows: Rows, device: int, wait: Wait) -> Who | None:
     near: Any = (rows.get("bdi_dev") == device) & (rows.time <= wait.end_mono_ns)
     near &= rows.time >= wait.blocked_mono_ns - _DIRTY_LOOKBACK_NS
     pages: dict[Who, int] = {}

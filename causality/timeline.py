@@ -747,11 +747,38 @@ class Timeline:
             begin = max([begin, *(x.end_mono_ns for x in self.losses(begin, first) if x.hides_states and x.cpu in (None, cpu))])
             if begin < first and begin < end_mono_ns:
                 out.append(self._occupant(rows, 0, begin, min(first, end_mono_ns), previous=True))
+        gaps = any(x.hides_states and x.cpu in (None, cpu) for x in self.losses(first, self.hi_mono_ns + 1))
+        if not gaps:
+            return out + self._occupants_in_a_row(cpu, rows, start_mono_ns, end_mono_ns)
         for i in range(len(rows)):
             begin = max(int(time[i]), start_mono_ns)
             end = min(int(time[i + 1]) if i + 1 < len(rows) else end_mono_ns, end_mono_ns)
             if begin < end:
                 out += self._occupied(cpu, rows, i, begin, end)
+        return out
+
+    def _occupants_in_a_row(self, cpu: int, rows: Rows, start: int, end: int) -> list[Occupant]:
+        """The occupants from consecutive switches between which no loss is known; a broken chain leaves a hole."""
+        following = self._next_switch(cpu, end)
+        left = [*rows["tid"].tolist()[1:], *(following["tid"].tolist() or [-1])]
+        times = [*rows.time.tolist(), end]
+        tids, tgids = rows.get("next_tid", "sched_switch").tolist(), rows.get("next_tgid", "sched_switch").tolist()
+        begun = rows.get("next_start_boot_ns", "sched_switch").tolist()
+        prio, policy = rows.get("next_prio", "sched_switch").tolist(), rows.get("next_policy", "sched_switch").tolist()
+        kthread, cgroup = rows.get("next_kthread", "sched_switch").tolist(), rows.get("next_cgroup_id", "sched_switch").tolist()
+        cpus, seqs = rows["cpu"].tolist(), rows["seq"].tolist()
+        out = []
+        for i, tid in enumerate(tids):
+            a, b = max(times[i], start), min(times[i + 1], end)
+            if a >= b or left[i] not in (tid, -1):
+                continue
+            key = (tid, begun[i] if tid else 0)
+            self._tgids.setdefault(key, tgids[i])
+            if cgroup[i]:
+                self._cgroups.setdefault(key, cgroup[i])
+            realtime = policy[i] in (1, 2, 6) and prio[i] < 100
+            proof = (self.event_id(cpus[i], seqs[i]),)
+            out.append(Occupant(a, b, key, tgids[i], realtime, bool(kthread[i]), cgroup[i], proof))
         return out
 
     def _occupied(self, cpu: int, rows: Rows, i: int, begin: int, end: int) -> list[Occupant]:

@@ -245,19 +245,24 @@ class Walk:
     def _behind(self, interval: Interval, cpu: int, lo: int, hi: int) -> list[Root]:
         confidence = "inferred" if interval.unplaced else "exact"
         roots: list[Root] = []
-        at = lo
+        frames = self._net_frames(cpu, lo, hi)
+        at, k = lo, 0
         for who in self.timeline.occupants(cpu, lo, hi):
             if who.start_mono_ns > at:
                 roots.append(Root(at, who.start_mono_ns, "runq", "unknown", evidence=interval.evidence, cpu=cpu))
-            for a, b, frame in self._net_frames(cpu, who.start_mono_ns, who.end_mono_ns):
-                if frame is not None:
+            while k < len(frames) and frames[k][0] < who.end_mono_ns:
+                a, b, frame = max(frames[k][0], who.start_mono_ns), min(frames[k][1], who.end_mono_ns), frames[k][2]
+                if a < b and frame is not None:
                     roots.append(Root(a, b, frame[0], "irq", (IRQ_TID, 0), frame[1], evidence=frame[2], cpu=cpu))
-                elif who.key[0] == 0:
+                elif a < b and who.key[0] == 0:
                     roots.append(Root(a, b, "runq.idle", "idle", evidence=who.evidence, cpu=cpu, confidence=confidence))
-                else:
+                elif a < b:
                     mechanism = "runq_rt" if who.realtime else "runq"
                     evidence = (*interval.evidence, *who.evidence)
                     roots.append(Root(a, b, "runq", mechanism, who.key, evidence=evidence, cpu=cpu, confidence=confidence))
+                if frames[k][1] > who.end_mono_ns:
+                    break
+                k += 1
             at = who.end_mono_ns
         if at < hi:
             roots.append(Root(at, hi, "runq", "unknown", evidence=interval.evidence, cpu=cpu))

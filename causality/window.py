@@ -151,25 +151,48 @@ class Window:
     def rows(self, kind: str) -> Rows:
         """All rows of one kind in the window."""
         if kind not in self._rows:
-            parts = [self._cut(s, BY_NAME[kind].number) for s in self._segments]
-            columns = {n: np.concatenate([p[n] for p in parts]) if parts else np.empty(0, np.uint64) for n in _HEAD}
-            columns["time_mono_ns"] = columns["time_mono_ns"].astype(np.int64)
-            self._rows[kind] = Rows(BY_NAME[kind], columns)
+            parts = [(s, self._cut(s, BY_NAME[kind].number)) for s in self._segments]
+            self._rows[kind] = Rows(BY_NAME[kind], _Gathered(parts))
         return self._rows[kind]
 
-    def _cut(self, segment: Segment, number: int) -> dict[str, npt.NDArray[Any]]:
+    def _cut(self, segment: Segment, number: int) -> npt.NDArray[Any]:
         rows = segment.rows_of_kind(number)
-        times = segment.time[rows]
-        low = np.searchsorted(times, self.from_mono_ns, "left")
-        high = np.searchsorted(times, self.to_mono_ns, "right")
-        return {n: segment.columns[n][rows[low:high]] for n in _HEAD}
+        first, last = np.searchsorted(segment.time, (self.from_mono_ns, self.to_mono_ns + 1))
+        low, high = np.searchsorted(rows, (first, last))
+        return rows[low:high]
 
     def last_of(self, kind: str, who_tid: int, before_mono_ns: int) -> tuple[Rows, int] | None:
-        """The last row of a kind with this current thread at or before a time: (rows, index), or None."""
-        rows = self.rows(kind)
-        high = int(np.searchsorted(rows.time, before_mono_ns, "right"))
-        found = np.flatnonzero(rows.columns["tid"][:high] == who_tid)
-        return (rows, int(found[-1])) if len(found) else None
+        """The last row of a kind with this current thread at or before a time: (rows that hold it, its index), or None."""
+        number = BY_NAME[kind].number
+        for segment in reversed(self._segments):
+            rows = segment.rows_of_current(who_tid)
+            limits = (self.from_mono_ns, min(before_mono_ns, self.to_mono_ns) + 1)
+            low, high = np.searchsorted(rows, np.searchsorted(segment.time, limits))
+            found = np.flatnonzero(segment.columns["kind"][rows[low:high]] == number)
+            if len(found):
+                return Rows(BY_NAME[kind], _Gathered([(segment, rows[low + found[-1] : low + found[-1] + 1])])), 0
+        return None
+
+
+class _Gathered(dict[str, npt.NDArray[Any]]):
+    """Columns of chosen rows, each gathered when first asked for."""
+
+    def __init__(self, parts: list[tuple[Segment, npt.NDArray[Any]]]) -> None:
+        super().__init__()
+        self._parts = parts
+
+    def __missing__(self, name: str) -> npt.NDArray[Any]:
+        if name not in _HEAD:
+            raise KeyError(name)
+        got = [s.columns[name][r] for s, r in self._parts]
+        self[name] = np.concatenate(got) if got else np.empty(0, np.int64 if name == "time_mono_ns" else np.uint64)
+        return self[name]
+
+    def items(self) -> Any:
+        """All columns."""
+        for name in _HEAD:
+            self[name]
+        return super().items()
 
 
 def kernel_threads(window: Window) -> frozenset[int]:
