@@ -284,8 +284,14 @@ class Demo:
 
         store = GraphStore(self.settings.neo4j)
         stored = f"MATCH (o:Operation {{id: '{SETTLEMENT}', hash: $hash}}) RETURN o.id"
+        culprits = any(cause["culprit"] for cause in live["causes"])
+
+        def answered() -> bool:
+            """The operation is written first, who delayed it after that; a healthy one was delayed by nobody."""
+            return bool(store.query(stored, hash=live["hash"])) and (not culprits or bool(store.query(_CYPHER)))
+
         try:
-            self._await("the graph's copy of the verdict", lambda: store.query(stored, hash=live["hash"]))
+            self._await("the graph's copy of the verdict", answered)
             return _CYPHER, store.query(_CYPHER)
         finally:
             store.close()
