@@ -113,7 +113,8 @@ def record_all(folder: Path, seconds: float) -> int:
     pid = int(load.stdout.readline())
     capture, data = folder / "run.kcap", folder / "perf.data"
     kprobe = [sys.executable, "-m", "cli.main", "record", "-o", str(capture), "--watch", f"pid:{pid}"]
-    perf = ["perf", "sched", "record", "-k", "CLOCK_MONOTONIC", "-m", "4M", "-o", str(data)]
+    perf = ["perf", "sched", "record", "-k", "CLOCK_MONOTONIC", "-m", "4M", "-o", str(data), "-D", "-1"]
+    perf.append(f"--control=fifo:{folder}/control,{folder}/ack")
     slower = [sys.executable, "-u", shutil.which("runqslower-bpfcc") or "runqslower-bpfcc", "-p", str(pid), "0"]
     with contextlib.ExitStack() as stack:
         logs = {n: folder / f"{n}.log" for n in ("kprobe", "perf", "runqslower")}
@@ -122,8 +123,12 @@ def record_all(folder: Path, seconds: float) -> int:
         slower[0] = "/usr/bin/python3"
         stack.enter_context(recorder("runqslower", slower, logs["runqslower"], env=bcc_headers(folder / "headers")))
         wait_until(lambda: b"Tracing" in logs["runqslower"].read_bytes(), "runqslower's start")
+        for name in ("control", "ack"):
+            os.mkfifo(folder / name)
         stack.enter_context(recorder("perf", perf, logs["perf"]))
-        wait_until(lambda: data.exists() and data.stat().st_size > 0, "perf's start")
+        (folder / "control").write_text("enable\n")  # returns once perf has opened its end
+        with (folder / "ack").open() as ack:
+            ack.readline()  # now its events are on: the file alone does not tell
         load.stdin.write(b"go\n")
         load.stdin.flush()
         load.wait()

@@ -104,6 +104,10 @@ def _requests(window: Window) -> Requests:
     issue, done = window.rows("block_rq_issue"), window.rows("block_rq_complete")
     bio, insert = window.rows("block_bio_queue"), window.rows("block_rq_insert")
     done_at = _following(done.get("rq"), done.time, issue.get("rq"), issue.time)
+    # Pointers are reused: a completion ends the last issue before it; an earlier one's is missing.
+    followed = np.flatnonzero(done_at >= 0)
+    last_issue = {int(done_at[i]): int(i) for i in followed}
+    done_at = np.where(np.isin(np.arange(len(done_at)), list(last_issue.values())), done_at, -1)
     bio_at = _preceding(bio.get("bio"), bio.time, issue.get("bio"), issue.time)
     bio_at = np.where(issue.get("bio") == 0, -1, bio_at)
     insert_at = _preceding(insert.get("rq"), insert.time, issue.get("rq"), issue.time)

@@ -688,18 +688,24 @@ class Timeline:
         ]  # fmt: skip
 
     def _without_changes(self, key: Key) -> list[Interval]:
-        """A thread without scheduler events: running throughout if it was seen as current, else as the snapshot says."""
+        """A thread without scheduler events: running throughout if it was seen as current, else as the snapshot says; up to the
+        first gap in the record, after which nothing proves anything."""
         begin, end = self.proven_mono_ns, self.hi_mono_ns
         if begin is None or end <= begin:
             return []
-        seen = self.of_task(key[0], self.lo_mono_ns, self.hi_mono_ns + 1)
+        gaps = self._gaps(Rows(self, []), np.empty(0, np.int8))
+        lost = [Interval(a, b, UNKNOWN, -1, (), lost=True) for a, b in gaps if b > begin]
+        if lost:
+            end = max(begin, lost[0].start_mono_ns)
+        seen = self.of_task(key[0], self.lo_mono_ns, end + 1)
+        row = self._table.snapshots(*key, self.lo_mono_ns, end)
+        if end == begin or not (len(seen) or row):
+            return lost
         if len(seen):
-            return [Interval(begin, end, RUNNING, int(seen["cpu"][0]), (seen.id(0),), inferred=True)]
-        row = self._table.snapshots(*key, self.lo_mono_ns, self.hi_mono_ns)
-        if row is None:
-            return []
-        state = {"R": UNKNOWN}.get(str(row.get("state", "?")), BLOCKED)
-        return [Interval(begin, end, state, int(row.get("cpu") or -1), (), open=True, inferred=True)]
+            return [Interval(begin, end, RUNNING, int(seen["cpu"][0]), (seen.id(0),), inferred=True), *lost]
+        state = UNKNOWN if row is None or row.get("state", "?") == "R" else BLOCKED
+        cpu = -1 if row is None or row.get("cpu") is None else int(row["cpu"])
+        return [Interval(begin, end, state, cpu, (), open=True, inferred=True), *lost]
 
     def _places(
         self, rows: Rows, roles: npt.NDArray[Any], target: npt.NDArray[Any], cause: int, start: int, end: int
@@ -915,12 +921,11 @@ class Timeline:
         """The system call that the thread is in at a time: from its entry before, or from its exit after, or the snapshot."""
         enters = ("sys_enter", "sys_enter_futex", "sys_exit")
         rows = self._current_before(key[0], time_mono_ns, enters)
-        if len(rows) and int(rows.time[0]) >= self._born(key):
-            if rows.name(0) == "sys_exit":
-                return None
-            after = self._current_after(key[0], time_mono_ns)
-            return _syscall(rows, after)
         after = self._current_after(key[0], time_mono_ns)
+        if len(after) and self._hides_calls(time_mono_ns, int(after.time[0])):
+            after = Rows(self, [])
+        if len(rows) and self._holds_since(key, rows, time_mono_ns):
+            return None if rows.name(0) == "sys_exit" else _syscall(rows, after)
         if len(after):
             if after.name(0) != "sys_exit":
                 return None
@@ -930,6 +935,8 @@ class Timeline:
                 (after.id(0),),
             )  # fmt: skip
         snapshot = self._table.snapshots(*key, self.lo_mono_ns, self.hi_mono_ns)
+        if self._hides_calls(self.lo_mono_ns, time_mono_ns):
+            return None
         if snapshot and snapshot.get("syscall_nr") is not None and int(snapshot["syscall_nr"]) >= 0:
             args = tuple(int(snapshot.get(f"syscall_arg{i}") or 0) for i in range(3))
             return Syscall(int(snapshot["syscall_nr"]), args, 0, 0, None, None, None, ())
@@ -943,6 +950,24 @@ class Timeline:
             first = np.flatnonzero(((roles == FORK) | (roles == NEW)) & (self._subject_starts(key[0]) == key[1]))
             self._births[key] = int(rows.time[first[0]]) if len(first) else self.lo_mono_ns
         return self._births[key]
+
+    def _hides_calls(self, start: int, end: int) -> bool:
+        """Are events missing in the window that could be entries to or exits from system calls?"""
+        return any(x.family in ("", "sched", "syscalls") for x in self.losses(start, end))
+
+    def _holds_since(self, key: Key, rows: Rows, time_mono_ns: int) -> bool:
+        """Does the last recorded entry or exit (the one row of `rows`) still say where this life of the thread is?"""
+        return int(rows.time[0]) >= self._born(key) and not self._hides_calls(int(rows.time[0]), time_mono_ns)
+
+    def in_kernel(self, key: Key, time_mono_ns: int) -> bool | None:
+        """Is the thread in a system call at a time? None: the events that would tell are missing."""
+        rows = self._current_before(key[0], time_mono_ns, ("sys_enter", "sys_enter_futex", "sys_exit"))
+        if len(rows) and self._holds_since(key, rows, time_mono_ns):
+            return rows.name(0) != "sys_exit"
+        after = self._current_after(key[0], time_mono_ns)
+        if len(after) and not self._hides_calls(time_mono_ns, int(after.time[0])):
+            return after.name(0) == "sys_exit"
+        return None if self._hides_calls(self.lo_mono_ns, self.hi_mono_ns) else False
 
     def records_syscalls(self, key: Key) -> bool:
         """Were system calls of this thread recorded in the view?"""

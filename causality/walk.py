@@ -170,8 +170,7 @@ class Walk:
     def _own(self, key: Key, lo: int, hi: int, interval: Interval) -> list[Root]:
         """The victim's own running time, split where it enters and leaves the kernel."""
         rows = self.timeline.of_task_kinds(key[0], ("sys_enter", "sys_enter_futex", "sys_exit"), lo, hi)
-        call = self.timeline.syscall_at(key, lo)
-        inside = call is not None and (call.enter_mono_ns is None or call.enter_mono_ns <= lo)
+        inside = self.timeline.in_kernel(key, lo)
         roots: list[Root] = []
         at = lo
         for i in range(len(rows)):
@@ -183,7 +182,9 @@ class Walk:
             roots.append(self._own_piece(at, hi, inside, interval))
         return roots
 
-    def _own_piece(self, lo: int, hi: int, inside: bool, interval: Interval) -> Root:
+    def _own_piece(self, lo: int, hi: int, inside: bool | None, interval: Interval) -> Root:
+        if inside is None:
+            return Root(lo, hi, "unknown", "unknown", evidence=interval.evidence, cpu=interval.cpu)
         label = "run.kernel" if inside else "run.user"
         return Root(lo, hi, label, "run", evidence=interval.evidence, cpu=interval.cpu)
 
@@ -221,7 +222,20 @@ class Walk:
                 cut = min(until, hi)
                 quota = Root(lo, cut, "runq.quota", "quota", evidence=interval.evidence, cpu=interval.cpu)
                 return [quota, *(self._queued(interval, cut, hi) if cut < hi else [])]
+        # After a gap, a refill before the thread ran says that it may have been throttled until then.
+        if self._after_gap(interval):
+            refills = self.timeline.kind("cfs_period_timer", interval.start_mono_ns, interval.end_mono_ns)
+            until = min(int(refills.time[-1]), hi) if len(refills) else lo
+            if until > lo:
+                doubt = Root(lo, until, "unknown", "unknown", evidence=interval.evidence, cpu=interval.cpu)
+                return [doubt, *(self._queued(interval, until, hi) if until < hi else [])]
         return self._queued(interval, lo, hi)
+
+    def _after_gap(self, interval: Interval) -> bool:
+        """Does the interval begin where events are missing, so that what set it off may be among them?"""
+        begin = interval.start_mono_ns
+        near = self.timeline.losses(begin - 1, begin + 1) if interval.inferred else []
+        return any(x.hides_states and x.end_mono_ns == begin for x in near)
 
     def _throttle_end(self, key: Key, interval: Interval) -> int:
         """When the quota was refilled: the end of the group's period timer that first follows, else the switch-in."""
@@ -295,6 +309,8 @@ class Walk:
         label = wait_label(call)
         if interval.prev_state & (_STOPPED | _FROZEN):
             return [self._stopped(key, interval, lo, hi)]
+        if self._after_gap(interval):
+            return (yield from self._woken(key, interval, call, lo, hi, depth))
         held = held_by(self.timeline, key, interval, call)
         if held:
             return (yield from self._held(key, interval, held, lo, hi, depth))

@@ -106,18 +106,21 @@ def _rows_of(timeline: "Timeline", key: tuple[int, int], last_ns: int) -> Iterat
     task = timeline.task(*key)
     head = {"tid": key[0], "tgid": task.tgid, "start_boot_ns": key[1], "comm": task.comm}
     intervals = timeline.states(key, timeline.lo_mono_ns, timeline.hi_mono_ns)
-    while intervals and not intervals[-1].evidence and intervals[-1].role < 0 and not intervals[-1].inferred:
+    while intervals and not _says_something(intervals[-1]):
         intervals.pop()  # after its end
     proven = False
     for interval in _fork_joined(intervals):
         # Before its first proof a thread has no state.
-        proven = proven or bool(interval.evidence) or interval.inferred
+        proven = proven or _says_something(interval)
         if not proven:
             continue
-        for start, end, state in _through_losses(timeline, interval, _state(interval)):
-            end = min(end, last_ns)
-            if start < end or interval.open:
-                yield _row(timeline, interval, head, state, (start, end))
+        start, end = interval.start_mono_ns, min(interval.end_mono_ns, last_ns)
+        if start < end or interval.open:
+            yield _row(timeline, interval, head, _state(interval), (start, end))
+
+
+def _says_something(interval: "Interval") -> bool:
+    return bool(interval.evidence) or interval.inferred or interval.lost
 
 
 def _fork_joined(intervals: Sequence["Interval"]) -> Iterator["Interval"]:
@@ -155,18 +158,6 @@ def _state(interval: "Interval") -> str:
     if interval.role in (WAKING, WAKEUP, NEW):
         return "runnable"
     return "running" if interval.role == IN else "unknown"
-
-
-def _through_losses(timeline: "Timeline", interval: "Interval", state: str) -> Sequence[tuple[int, int, str]]:
-    """The interval, unknown from where an event that would have ended it may be missing."""
-    start, end = interval.start_mono_ns, interval.end_mono_ns
-    losses = [x for x in timeline.losses(start, end) if x.hides_states]
-    if state == "running":  # only its own CPU could have taken it off
-        losses = [x for x in losses if x.cpu in (None, interval.cpu)]
-    if not losses or state == "unknown":
-        return [(start, end, state)]
-    cut = max(start, min(x.start_mono_ns for x in losses))
-    return [piece for piece in ((start, cut, state), (cut, end, "unknown")) if piece[0] < piece[1]]
 
 
 def _row(

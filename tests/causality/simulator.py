@@ -196,6 +196,7 @@ class Simulator:
         self.pipes = [Pipe(900 + n) for n in range(rng.randint(1, 2))]
         self.disk = Disk()
         self.requests = itertools.count()
+        self.free_requests = []
         self.free_tids = list(range(103, 103 + rng.randint(8, 30)))
         self.lives = []
         self.groups = []
@@ -369,7 +370,9 @@ class Simulator:
 
     def _disk_io(self, task):
         number = next(self.requests)
-        request = {"rq": 0xFFFF_8880_1000_0000 + 256 * (number % 3), "dev": 254 << 20, "bytes": 4096, "sector": 8 * number}
+        # Pointers of finished requests are reused at once.
+        pointer = self.free_requests.pop() if self.free_requests else 0xFFFF_8880_1000_0000 + 256 * number
+        request = {"rq": pointer, "dev": 254 << 20, "bytes": 4096, "sector": 8 * number}
         task.woken = False
         self._enter(task, "pread64", arg0=5, object_type=3, object=12)
         yield "run", self._ns(1, 80)
@@ -397,6 +400,7 @@ class Simulator:
         task, request = entry
         cpu = self.cpus[self._irq_cpu]
         self.emit(cpu, "block_rq_complete", **request)
+        self.free_requests.append(request["rq"])
         self.disk.busy = False
         self._wake(task, cpu)
         if self.disk.queue:

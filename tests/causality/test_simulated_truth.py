@@ -10,7 +10,9 @@ import pytest
 from simulator import BASE_NS, Simulator
 from tape import BOOT_ID, NODE, Tape
 
+from causality.engine import NodeEngine
 from causality.log import EventLog
+from causality.operations import Operation
 from causality.tasks import TaskTable
 from causality.timeline import Loss, Timeline
 
@@ -97,3 +99,107 @@ def _merged(pieces):
 def _steps(steps, truth, name):
     times = sorted({truth.start_ns, truth.end_ns} | {t for t in steps.times if truth.start_ns < t < truth.end_ns})
     return _merged([(a, b, name(steps.at(a))) for a, b in itertools.pairwise(times)])
+
+
+def operations_of(truth, rng):
+    """Two random operations a task, each from a moment in which it ran to another, with the windows."""
+    chosen = {}
+    for number, task in enumerate(truth.tasks):
+        runs = [s for s in true_states(truth, task) if s[2] == "running" and s[1] - s[0] > 1]
+        for part in range(2 if len(runs) > 1 else 0):
+            first = rng.randrange(len(runs) - 1)
+            last = rng.randrange(first + 1, len(runs))
+            start, end = rng.randint(runs[first][0], runs[first][1] - 1), rng.randint(runs[last][0] + 1, runs[last][1])
+            chosen[f"{number}-{part}"] = (task, start, end)
+    return chosen
+
+
+def judge(frames, chosen, folds=1):
+    """The verdicts of the engine, which gets its frames in so many folds."""
+    engine = NodeEngine(NODE, BOOT_ID)
+    engine.submit([Operation(name, "op", task.tid, start, end, deadline_ns=1) for name, (task, start, end) in chosen.items()])
+    size = -(-len(frames) // folds)
+    for at in range(0, len(frames), size):
+        engine.fold(frames[at : at + size])
+    engine.finish()
+    return {v["operation_id"]: v for v in engine.ready()}
+
+
+def ledger_of(verdict):
+    out = []
+    for s in verdict["ledger"]:
+        who = (s["culprit"]["tid"], s["culprit"]["start_boot_ns"]) if s["culprit"] and s["label"] == "runq" else None
+        piece = (s["start_mono_ns"], s["end_mono_ns"], s["label"], who)
+        if out and out[-1][1] == piece[0] and out[-1][2:] == piece[2:]:
+            out[-1] = (out[-1][0], *piece[1:])
+        else:
+            out.append(piece)
+    return out
+
+
+@pytest.mark.parametrize("first", range(0, 160, 20))
+def test_ledgers_equal_the_truth(first):
+    """Label and occupant of every nanosecond of every operation."""
+    for seed in range(first, first + 20):
+        simulator = Simulator(seed)
+        truth = simulator.run()
+        rng = random.Random(seed)
+        chosen = operations_of(truth, rng)
+        verdicts = judge(Tape.of(simulator, truth).frames(rng=rng, duplicates=True), chosen, folds=3)
+        for name, (task, start, end) in chosen.items():
+            verdict = verdicts[name]
+            assert sum(verdict["totals"].values()) == verdict["duration_ns"] == end - start
+            assert ledger_of(verdict) == truth.ledger(task, start, end), f"seed {seed}, operation {name}"
+            assert verdict["completeness"]["complete"], f"seed {seed}, operation {name}"
+
+
+@pytest.mark.parametrize("seed", range(300, 340))
+def test_the_hash_is_that_of_the_events_and_of_nothing_else(seed):
+    """Order of arrival, cuts, duplicates and the number of folds leave no trace in a verdict."""
+    simulator = Simulator(seed)
+    truth = simulator.run()
+    tape = Tape.of(simulator, truth)
+    chosen = operations_of(truth, random.Random(seed))
+    plain = {name: v["hash"] for name, v in judge(tape.frames(), chosen).items()}
+
+    for variant in range(3):
+        rng = random.Random(1000 * seed + variant)
+        frames = tape.frames(batch=rng.choice([7, 100, 1_000_000]), rng=rng, duplicates=variant != 0)
+        again = {name: v["hash"] for name, v in judge(frames, chosen, folds=1 + 4 * variant).items()}
+        assert again == plain, f"variant {variant}"
+
+
+@pytest.mark.parametrize("first", range(0, 200, 25))
+def test_lost_events_never_become_a_wrong_answer(first):
+    """With a hole in one CPU's records every nanosecond is labelled as in truth, or `lost` or `unknown`; occupants too."""
+    moved = 0
+    for seed in range(first, first + 25):
+        simulator = Simulator(seed)
+        truth = simulator.run()
+        rng = random.Random(seed)
+        whole = Tape.of(simulator, truth)
+        hole = whole.records[rng.randrange(len(whole.records))]
+        tape = whole.without(hole[1], hole[0], hole[0] + rng.randint(500, 20_000))
+        chosen = operations_of(truth, rng)
+        for name, verdict in judge(tape.frames(rng=rng), chosen).items():
+            task, start, end = chosen[name]
+            assert sum(verdict["totals"].values()) == end - start
+            moved += sum(verdict["totals"].get(label, 0) for label in ("lost", "unknown"))
+            for piece in ledger_of(verdict):
+                _must_agree(truth, task, piece, f"seed {seed}, operation {name}, hole on CPU {hole[1]} from {hole[0]}")
+    assert moved > 0
+
+
+def _must_agree(truth, task, piece, where):
+    start, end, label, who = piece
+    if label in ("lost", "unknown"):
+        return
+    for a, b, true_label, true_who in truth.ledger(task, start, end):
+        assert _same(label, true_label), f"{where}: [{a}, {b}) is {true_label}, not {label}"
+        assert who is None or who == true_who, f"{where}: [{a}, {b}) was {true_who}'s, not {who}'s"
+
+
+def _same(label, true_label):
+    """`wait.other` and `runq` without an occupant claim less than the truth, not something else."""
+    vague = label == "wait.other" and true_label.startswith("wait.")
+    return label == true_label or vague or (label == "runq" and true_label.startswith(("runq", "irq")))
