@@ -3,10 +3,12 @@
     python -m benchmarks.peers [--seconds 4] [--rounds 3] [--json FILE]
 
 One process with threads that compete for two CPUs (bursts of hashing without the interpreter lock, short sleeps, a lock) is
-watched at once by `kprobe record`, `perf sched record` and BCC's `runqslower`. Compared, thread by thread over its whole life:
+watched by `kprobe record` together with `perf sched record`, then with BCC's `runqslower`. Compared, thread by thread over its
+whole life:
 
 - run-queue delay: `kprobe states` (runnable) against `perf sched timehist` (delay after a wake-up, plus waits that began with a
-  preemption) and against `runqslower 0` (which prints whole microseconds)
+  preemption), against the same recording's events with the waits that timehist leaves out, and against `runqslower 0` (which
+  prints whole microseconds)
 - time off the CPU by waker: `kprobe states` against the rule of `offwaketime` (from switch-out to switch-in, charged to the
   task whose wake-up came last). offwaketime itself needs kprobes on finish_task_switch and try_to_wake_up; where the kernel has
   none, its rule is applied to `perf script` of the same seconds, and the reason is printed.
@@ -106,34 +108,49 @@ def bcc_headers(root: Path) -> dict[str, str]:
     return os.environ | {"BCC_KERNEL_SOURCE": str(root)}
 
 
-def record_all(folder: Path, seconds: float) -> int:
-    """Run the load under all three recorders; returns its pid."""
+def record(folder: Path, seconds: float, peer: str) -> int:
+    """Run the load under kprobe and one peer; returns its pid.
+
+    One peer at a time: tools on the same tracepoint run one after the other, and what the first one does (runqslower hands
+    a line to user space) is in the times of those behind it.
+    """
     load = subprocess.Popen([sys.executable, "-c", LOAD, str(seconds)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert load.stdin is not None and load.stdout is not None
     pid = int(load.stdout.readline())
-    capture, data = folder / "run.kcap", folder / "perf.data"
+    capture = folder / "run.kcap"
     kprobe = [sys.executable, "-m", "cli.main", "record", "-o", str(capture), "--watch", f"pid:{pid}"]
-    perf = ["perf", "sched", "record", "-k", "CLOCK_MONOTONIC", "-m", "4M", "-o", str(data), "-D", "-1"]
-    perf.append(f"--control=fifo:{folder}/control,{folder}/ack")
-    slower = [sys.executable, "-u", shutil.which("runqslower-bpfcc") or "runqslower-bpfcc", "-p", str(pid), "0"]
     with contextlib.ExitStack() as stack:
-        logs = {n: folder / f"{n}.log" for n in ("kprobe", "perf", "runqslower")}
-        stack.enter_context(recorder("kprobe", kprobe, logs["kprobe"]))
+        stack.enter_context(recorder("kprobe", kprobe, folder / "kprobe.log"))
         wait_until(lambda: capture.exists() and capture.stat().st_size > 500, "kprobe's first frame")
-        slower[0] = "/usr/bin/python3"
-        stack.enter_context(recorder("runqslower", slower, logs["runqslower"], env=bcc_headers(folder / "headers")))
-        wait_until(lambda: b"Tracing" in logs["runqslower"].read_bytes(), "runqslower's start")
-        for name in ("control", "ack"):
-            os.mkfifo(folder / name)
-        stack.enter_context(recorder("perf", perf, logs["perf"]))
-        (folder / "control").write_text("enable\n")  # returns once perf has opened its end
-        with (folder / "ack").open() as ack:
-            ack.readline()  # now its events are on: the file alone does not tell
+        if peer == "timehist":
+            _start_perf(stack, folder)
+        else:
+            _start_runqslower(stack, folder, pid)
         load.stdin.write(b"go\n")
         load.stdin.flush()
         load.wait()
-        time.sleep(0.2)  # let runqslower's poll print its last lines; nothing is measured any more
+        if peer == "runqslower":
+            time.sleep(0.2)  # its poll prints the last lines; nothing is measured any more
     return pid
+
+
+def _start_perf(stack: contextlib.ExitStack, folder: Path) -> None:
+    for name in ("control", "ack"):
+        os.mkfifo(folder / name)
+    argv = ["perf", "sched", "record", "-k", "CLOCK_MONOTONIC", "-m", "4M", "-o", str(folder / "perf.data"), "-D", "-1"]
+    argv.append(f"--control=fifo:{folder}/control,{folder}/ack")
+    stack.enter_context(recorder("perf", argv, folder / "perf.log"))
+    (folder / "control").write_text("enable\n")  # returns once perf has opened its end
+    with (folder / "ack").open() as ack:
+        ack.readline()  # now its events are on: the file alone does not tell
+
+
+def _start_runqslower(stack: contextlib.ExitStack, folder: Path, pid: int) -> None:
+    tool = shutil.which("runqslower-bpfcc") or sys.exit("peers: runqslower-bpfcc is missing: apt-get install bpfcc-tools")
+    log = folder / "runqslower.log"
+    argv = ["/usr/bin/python3", "-u", tool, "-p", str(pid), "0"]
+    stack.enter_context(recorder("runqslower", argv, log, env=bcc_headers(folder / "headers")))
+    wait_until(lambda: b"Tracing" in log.read_bytes(), "runqslower's start")
 
 
 def kprobe_states(folder: Path) -> list[dict[str, Any]]:
@@ -173,27 +190,64 @@ def slower_delays(folder: Path) -> dict[int, tuple[int, int]]:
     return out
 
 
-def off_cpu_by_waker(folder: Path, tids: set[int]) -> dict[int, dict[int, int]]:
-    """offwaketime's rule over perf's own events: target tid -> waker tid -> ns off the CPU."""
+def perf_events(folder: Path) -> Iterator[tuple[int, int, str, str]]:
+    """(ns, tid, event, text) of perf's own recording."""
     argv = ["perf", "script", "-i", str(folder / "perf.data"), "--ns", "-F", "tid,time,event,trace"]
-    head = re.compile(r"^\s*(\d+)\s+([\d.]+):\s+sched:(\w+):\s+(.*)$")
-    short = re.compile(r":(\d+) \[\d+\] .* ==> .*:(\d+) \[")
-    out: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
-    left: dict[int, int] = {}
-    waker: dict[int, int] = {}
+    head = re.compile(r"^\s*(-?\d+)\s+([\d.]+):\s+sched:(\w+):\s+(.*)$")
     text = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
     for found in filter(None, map(head.match, text.splitlines())):
         seconds, _, nanos = found[2].partition(".")
-        now = int(seconds) * 1_000_000_000 + int(nanos.ljust(9, "0"))
-        if found[3] in ("sched_waking", "sched_wakeup") and (target := re.search(r" pid=(\d+)", found[4])):
-            waker[int(target[1])] = int(found[1])
-        elif found[3] == "sched_switch":
-            pids = re.search(r"prev_pid=(\d+).* next_pid=(\d+)", found[4]) or short.search(found[4])
-            if pids is None:
-                continue
-            left[int(pids[1])] = now
-            if int(pids[2]) in left and int(pids[2]) in tids:
-                out[int(pids[2])][waker.pop(int(pids[2]), 0)] += now - left.pop(int(pids[2]))
+        yield int(seconds) * 1_000_000_000 + int(nanos.ljust(9, "0")), int(found[1]), found[3], found[4]
+
+
+_SWITCH = re.compile(r"prev_pid=(\d+).* prev_state=(\S+) ==> .* next_pid=(\d+)")
+
+
+def event_delays(folder: Path, tids: set[int]) -> dict[int, int]:
+    """Run-queue delay from perf's own events, with what timehist leaves out: waits that began with a wake-up *before* the
+    switch-out (it calls them sleep), and those of a thread that is exiting (its samples carry no tid, but their text does).
+    """
+    out: dict[int, int] = defaultdict(int)
+    queued: dict[int, int] = {}
+    running: set[int] = set()
+    early: set[int] = set()
+    for now, _, event, text in perf_events(folder):
+        if event in ("sched_waking", "sched_wakeup_new") and (target := re.search(r" pid=(\d+)", text)):
+            tid = int(target[1])
+            if tid in running:
+                early.add(tid)
+            elif tid in early:  # woken again: the early wake-up had found it awake, and it slept after all
+                early.discard(tid)
+                queued[tid] = now
+            else:
+                queued.setdefault(tid, now)
+        elif event == "sched_switch" and (found := _SWITCH.search(text)):
+            prev, following = int(found[1]), int(found[3])
+            running.discard(prev)
+            queued.pop(prev, None)  # still queued: its switch-in was not reported, and nobody knows when it was
+            if found[2].startswith("R") or prev in early:
+                queued[prev] = now
+            if following in tids:
+                out[following] += now - queued.get(following, now)
+            queued.pop(following, None)
+            running.add(following)
+            early.discard(following)
+    return out
+
+
+def off_cpu_by_waker(folder: Path, tids: set[int]) -> dict[int, dict[int, int]]:
+    """offwaketime's rule over perf's own events: target tid -> waker tid -> ns off the CPU."""
+    out: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    left: dict[int, int] = {}
+    waker: dict[int, int] = {}
+    for now, tid, event, text in perf_events(folder):
+        if event == "sched_waking" and (target := re.search(r" pid=(\d+)", text)):
+            waker[int(target[1])] = tid
+        elif event == "sched_switch" and (found := _SWITCH.search(text)):
+            left[int(found[1])] = now
+            following = int(found[3])
+            if following in left and following in tids:
+                out[following][waker.pop(following, 0)] += now - left.pop(following)
     return out
 
 
@@ -210,35 +264,56 @@ def kprobe_off_cpu(states: list[dict[str, Any]], tids: set[int]) -> dict[int, di
             if tid in begun:
                 out[tid][waker.pop(tid, 0)] += s["start_mono_ns"] - begun.pop(tid)
             begun[tid] = s["end_mono_ns"]
+        elif s.get("contradicted") and tid in begun:
+            begun[tid] = s["end_mono_ns"]  # it ran in between, unreported; the rule forgets what was before, too
         elif s.get("waker_tid") is not None:
             waker[tid] = s["waker_tid"]
     return out
 
 
-def compare(folder: Path, pid: int) -> list[dict[str, Any]]:
-    """One row a thread of the load."""
-    states = kprobe_states(folder)
-    perf, slower = perf_delays(folder, pid), slower_delays(folder)
-    mine = {t for t in perf if t != pid}
-    ours: dict[int, int] = defaultdict(int)
+def kprobe_delays(states: list[dict[str, Any]], pid: int) -> tuple[dict[int, int], dict[int, int], dict[int, str]]:
+    """Runnable ns, number of runnable states, and name of each thread of the load that was started to work."""
+    delays: dict[int, int] = defaultdict(int)
     waits: dict[int, int] = defaultdict(int)
-    names: dict[int, str] = {}
+    names = {s["tid"]: s["comm"] for s in states if s["tgid"] == pid and s["tid"] != pid}
     for s in states:
-        if s["tid"] in mine and s["state"] == "runnable":
-            ours[s["tid"]] += s["end_mono_ns"] - s["start_mono_ns"]
+        if s["tid"] in names and s["state"] == "runnable" and not s.get("contradicted"):
+            delays[s["tid"]] += s["end_mono_ns"] - s["start_mono_ns"]
             waits[s["tid"]] += 1
-        names[s["tid"]] = s["comm"] or names.get(s["tid"], "")
-    off, peer_off = kprobe_off_cpu(states, mine), off_cpu_by_waker(folder, mine)
-    rows = []
-    for tid in sorted(mine):
-        slower_ns, lines = slower[tid]
-        total, peer_total = sum(off[tid].values()), sum(peer_off[tid].values())
-        row = {"tid": tid, "comm": names.get(tid, ""), "waits": waits[tid], "kprobe_ns": ours[tid], "perf_ns": perf[tid]}
-        row |= {"perf_difference": _ratio(ours[tid], perf[tid]), "runqslower_ns": slower_ns, "runqslower_lines": lines}
+    return delays, waits, names
+
+
+def compare(folder: Path, pid: int, peer: str) -> list[dict[str, Any]]:
+    """One row a thread and figure of the load: ours, the peer's, and how far apart."""
+    states = kprobe_states(folder)
+    delays, waits, names = kprobe_delays(states, pid)
+    more: list[dict[str, Any]] = []
+    if peer == "runqslower":
         # It cuts each delay to whole microseconds: half of one is missing on average.
-        row["runqslower_difference"] = _ratio(ours[tid], slower_ns + lines * 500)
-        rows.append(row | {"off_cpu_ns": total, "peer_off_cpu_ns": peer_total, "off_cpu_difference": _ratio(total, peer_total)})
+        theirs = {tid: ns + lines * 500 for tid, (ns, lines) in slower_delays(folder).items()}
+    else:
+        theirs = event_delays(folder, set(names))
+        plain = perf_delays(folder, pid)
+        more = [_row(names[t], "run-queue delay", "timehist", waits[t], delays[t], plain.get(t, 0)) for t in sorted(names)]
+    label = "runqslower" if peer == "runqslower" else "perf's events"
+    rows = [_row(names[t], "run-queue delay", label, waits[t], delays[t], theirs.get(t, 0)) for t in sorted(names)]
+    if peer == "timehist":
+        rows += more
+        mine, rule = kprobe_off_cpu(states, set(names)), off_cpu_by_waker(folder, set(names))
+        for t in sorted(names):
+            ours, other = sum(mine[t].values()), sum(rule[t].values())
+            rows.append(_row(names[t], "off CPU", "offwaketime's rule", waits[t], ours, other))
+            by_task = {w: ns for w, ns in mine[t].items() if w}
+            both = sum(min(ns, rule[t].get(w, 0)) for w, ns in by_task.items())
+            rows.append(_row(names[t], "off CPU, by wakers", "offwaketime's rule", waits[t], sum(by_task.values()), both))
     return rows
+
+
+def _row(comm: str, figure: str, peer: str, waits: int, ours: int, theirs: int) -> dict[str, Any]:
+    return {
+        "comm": comm, "figure": figure, "peer": peer, "waits": waits, "kprobe_ns": ours, "peer_ns": theirs,
+        "difference": _ratio(ours, theirs),
+    }  # fmt: skip
 
 
 def _ratio(ours: int, theirs: int) -> float:
@@ -253,14 +328,11 @@ def kprobes_missing() -> str:
 
 def show(number: int, rows: list[dict[str, Any]]) -> None:
     """The table of one round."""
-    print(f"round {number}: run-queue delay in ms, and time off the CPU by waker")
-    heads = ("waits", "kprobe", "timehist", "diff", "runqslower", "diff", "off CPU", "peer rule", "diff")
-    print(f"{'thread':<10}" + "".join(f"{h:>11}" for h in heads))
+    print(f"round {number}")
+    print(f"{'thread':<10}{'figure':<20}{'peer':<20}{'waits':>8}{'kprobe ms':>13}{'peer ms':>13}{'apart':>9}")
     for r in rows:
-        cells = [f"{r['waits']}", f"{r['kprobe_ns'] / 1e6:.3f}", f"{r['perf_ns'] / 1e6:.3f}", f"{r['perf_difference']:.2%}"]
-        cells += [f"{r['runqslower_ns'] / 1e6:.3f}", f"{r['runqslower_difference']:.2%}", f"{r['off_cpu_ns'] / 1e6:.3f}"]
-        cells += [f"{r['peer_off_cpu_ns'] / 1e6:.3f}", f"{r['off_cpu_difference']:.2%}"]
-        print(f"{r['comm']:<10}" + "".join(f"{c:>11}" for c in cells))
+        numbers = f"{r['waits']:>8}{r['kprobe_ns'] / 1e6:>13.3f}{r['peer_ns'] / 1e6:>13.3f}{r['difference']:>9.2%}"
+        print(f"{r['comm']:<10}{r['figure']:<20}{r['peer']:<20}{numbers}")
 
 
 def main() -> None:
@@ -273,11 +345,17 @@ def main() -> None:
     options = parser.parse_args()
     rounds = []
     for number in range(options.rounds):
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = options.keep / str(number) if options.keep else Path(scratch)
-            folder.mkdir(parents=True, exist_ok=True)
-            rounds.append(compare(folder, record_all(folder, options.seconds)))
-        show(number, rounds[-1])
+        rows = []
+        for peer in ("timehist", "runqslower"):
+            with tempfile.TemporaryDirectory() as scratch:
+                folder = options.keep / f"{number}-{peer}" if options.keep else Path(scratch)
+                folder.mkdir(parents=True, exist_ok=True)
+                rows += compare(folder, record(folder, options.seconds, peer), peer)
+        rounds.append(rows)
+        show(number, rows)
+    for figure, peer in dict.fromkeys((r["figure"], r["peer"]) for rows in rounds for r in rows):
+        apart = [r["difference"] for rows in rounds for r in rows if (r["figure"], r["peer"]) == (figure, peer)]
+        print(f"{figure} against {peer}: median {sorted(apart)[len(apart) // 2]:.2%}, farthest {max(apart):.2%} apart")
     print(kprobes_missing())
     if options.json:
         options.json.write_text(json.dumps({"schema": "kprobe.bench.peers/1", "rounds": rounds}, indent=1))

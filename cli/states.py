@@ -108,6 +108,9 @@ def _rows_of(timeline: "Timeline", key: tuple[int, int], last_ns: int) -> Iterat
     intervals = timeline.states(key, timeline.lo_mono_ns, timeline.hi_mono_ns)
     while intervals and not _says_something(intervals[-1]):
         intervals.pop()  # after its end
+    from causality.log import FORK
+
+    calls = timeline.records_syscalls(key)
     proven = False
     for interval in _fork_joined(intervals):
         # Before its first proof a thread has no state.
@@ -116,7 +119,10 @@ def _rows_of(timeline: "Timeline", key: tuple[int, int], last_ns: int) -> Iterat
             continue
         start, end = interval.start_mono_ns, min(interval.end_mono_ns, last_ns)
         if start < end or interval.open:
-            yield _row(timeline, interval, head, _state(interval), (start, end))
+            row = _row(timeline, interval, head, _state(interval), (start, end))
+            if interval.state_name == "unknown" != row["state"] and interval.role != FORK:
+                row["contradicted"] = True
+            yield row | {"label": _label(timeline, interval, row["state"], key if calls else None)}
 
 
 def _says_something(interval: "Interval") -> bool:
@@ -173,7 +179,7 @@ def _row(
     row = {**head, "start_mono_ns": span[0], "end_mono_ns": span[1], "state": state, "cpu": None, "waker_tid": waker}
     if state in ("running", "runnable") and 0 <= interval.cpu < UNKNOWN_CPU:
         row["cpu"] = interval.cpu
-    row["label"] = _label(timeline, interval, state, (head["tid"], head["start_boot_ns"]))
+    row["label"] = None
     if wake is not None and wake.frames:
         row["context"] = wake.frames[-1]
     if interval.open:
@@ -181,12 +187,15 @@ def _row(
     return row | {"node": timeline.node}
 
 
-def _label(timeline: "Timeline", interval: "Interval", state: str, key: tuple[int, int]) -> str | None:
-    """The ledger label, where the state alone decides it; running time needs the whole ledger (`kprobe analyze`)."""
+def _label(timeline: "Timeline", interval: "Interval", state: str, key: tuple[int, int] | None) -> str | None:
+    """The ledger label, where the state alone decides it; running time needs the whole ledger (`kprobe analyze`).
+
+    `key` is None for a thread none of whose calls were recorded: looking for them before every wait would take for ever.
+    """
     if state == "blocked":
         from causality.walk import wait_label
 
-        return wait_label(timeline.syscall_at(key, interval.start_mono_ns))
+        return wait_label(timeline.syscall_at(key, interval.start_mono_ns) if key is not None else None)
     if state == "runnable":
         return "runq.quota" if interval.throttled else "runq"
     return "unknown" if state == "unknown" else None
