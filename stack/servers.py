@@ -136,8 +136,10 @@ class Kafka(Server):
     def _format(self, java: str, jars: str, properties: Path) -> None:
         cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         tool = [java, "-XX:TieredStopAtLevel=1", "-cp", jars, "kafka.tools.StorageTool", "format", "--ignore-formatted"]
+        # One word: an id may begin with a dash, and would be taken for an option.
+        tool += [f"--cluster-id={cluster}", "-c", str(properties)]
         try:
-            done = run([*tool, "-t", cluster, "-c", str(properties)], capture_output=True, text=True, check=False, timeout=60)
+            done = run(tool, capture_output=True, text=True, check=False, timeout=60)
         except TimeoutExpired as error:
             raise StoreError(f"formatting Kafka's storage in {self.home} took over 60 s") from error
         if done.returncode != 0:

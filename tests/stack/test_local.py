@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import uuid
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from stack_fixture import StackUnderTest, stack_settings
 from events.errors import StoreError
 from stack import jars
 from stack.local import LocalStack
+from stack.servers import Kafka
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -189,3 +191,14 @@ def test_a_maven_that_fails_shows_its_last_lines_and_leaves_no_folder(tmp_path, 
         jars.class_path("kafka")
 
     assert [p.name for p in (tmp_path / "cache").rglob("*") if p.is_dir() and p.name.startswith("kafka")] == []
+
+
+def test_kafka_is_formatted_whatever_its_cluster_id_begins_with(tmp_path, monkeypatch):
+    """One id in 64 begins with a dash, which the storage tool takes for an option."""
+    settings = stack_settings(tmp_path).stack
+    monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(bytes=b"\xf8" + bytes(range(15))))
+
+    Kafka(settings).command(print)
+
+    properties = (tmp_path / "kafka" / "logs" / "meta.properties").read_text()
+    assert "cluster.id=-AABAgMEBQYHCAkKCwwNDg" in properties
