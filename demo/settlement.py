@@ -23,6 +23,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,10 +73,20 @@ class Ledger:
 class LedgerWriter(threading.Thread):
     """The one thread that writes the ledger, pinned to its CPU as latency-critical writers are."""
 
-    def __init__(self, *, ledger: Ledger, clearing: tuple[str, int], log: Path, deadline_ns: int, cpu: int | None) -> None:
+    def __init__(
+        self,
+        *,
+        ledger: Ledger,
+        clearing: tuple[str, int],
+        log: Path,
+        deadline_ns: int,
+        cpu: int | None,
+        on_failure: Callable[[], None],
+    ) -> None:
         super().__init__(name="ledger-writer", daemon=True)
         self.requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
         self.failed = threading.Event()
+        self._on_failure = on_failure
         self._ledger, self._deadline_ns, self._cpu = ledger, deadline_ns, cpu
         self._clearing = socket.create_connection(clearing, timeout=10)
         self._clearing.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -93,6 +104,7 @@ class LedgerWriter(threading.Thread):
         except OSError as error:
             print(f"settlement: the ledger writer stopped: {error}", file=sys.stderr, flush=True)
             self.failed.set()
+            self._on_failure()
 
     def _settle(self, request: Request) -> None:
         start_mono_ns = time.monotonic_ns()
@@ -130,25 +142,25 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     set_thread_name("settlement")
     host, _, port = options.clearing.rpartition(":")
-    writer = LedgerWriter(
-        ledger=Ledger(options.journal),
-        clearing=(host, int(port)),
-        log=options.log,
-        deadline_ns=options.deadline_ms * 1_000_000,
-        cpu=options.cpu,
-    )
-    writer.start()
     with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(0.2)
+        writer = LedgerWriter(
+            ledger=Ledger(options.journal),
+            clearing=(host, int(port)),
+            log=options.log,
+            deadline_ns=options.deadline_ms * 1_000_000,
+            cpu=options.cpu,
+            on_failure=lambda: server.shutdown(socket.SHUT_RDWR),  # ends `accept`: nobody polls while a payment is settled
+        )
+        writer.start()
         options.port_file.write_text(str(server.getsockname()[1]))
-        while not writer.failed.is_set():
+        while True:
             try:
                 connection, _ = server.accept()
-            except TimeoutError:
-                continue
-            connection.setblocking(True)
+            except OSError:
+                if writer.failed.is_set():
+                    return 1
+                raise
             threading.Thread(target=serve, args=(connection, writer), daemon=True, name="gateway").start()
-    return 1
 
 
 if __name__ == "__main__":
