@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from events.errors import InputError
 from events.syscalls import NUMBERS
-from replay import log, ptrace, syscalls
+from replay import log, machine, ptrace, syscalls
 from replay.divergence import Divergence, describe, payload_difference
 from replay.fds import FdTable, follow
 from replay.log import Event, Kind
@@ -146,7 +146,8 @@ class Player:
         self.sandbox = sandbox
         affinity = os.sched_getaffinity(0)
         try:
-            self._play()
+            with machine.SharedTraps():
+                self._play()
         except Divergence as divergence:
             self._diverged(divergence)
         except ptrace.Gone as gone:

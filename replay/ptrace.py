@@ -234,17 +234,3 @@ def disable_randomization() -> None:
 def trap_tsc() -> None:
     """Make rdtsc fault from now on (kept over fork and exec)."""
     _libc.prctl(PR_SET_TSC, PR_TSC_SIGSEGV, 0, 0, 0)
-
-
-def cpuid(leaf: int, subleaf: int) -> tuple[int, int, int, int]:
-    """CPUID of this processor: (eax, ebx, ecx, edx), by eleven bytes of machine code in an executable page."""
-    import mmap
-
-    # push rbx; mov r8,rdx; mov eax,edi; mov ecx,esi; cpuid; store the four registers behind r8; pop rbx; ret
-    code = bytes.fromhex("534989d089f889f10fa241890041895804418948084189500c5bc3")
-    page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-    page.write(code)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(page))
-    out = (ctypes.c_uint32 * 4)()
-    ctypes.CFUNCTYPE(None, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p)(address)(leaf, subleaf, ctypes.addressof(out))
-    return out[0], out[1], out[2], out[3]

@@ -25,7 +25,7 @@ from typing import Any, Final
 
 from events.errors import InputError
 from events.syscalls import NUMBERS
-from replay import log, ptrace, syscalls
+from replay import log, machine, ptrace, syscalls
 from replay.fds import FdTable, follow
 from replay.log import Kind
 from replay.tracee import Process, Thread, answer_trap, launch, native_trap, trapped_instruction
@@ -33,6 +33,8 @@ from replay.tracee import Process, Thread, answer_trap, launch, native_trap, tra
 __all__ = ["record"]
 
 _TICK_S: Final = 0.02
+_ENTRY_STOP: Final = ptrace.EVENT_SECCOMP << 16 | signal.SIGTRAP << 8 | 0x7F
+_EXIT_STOP: Final = ptrace.SYSCALL_STOP << 8 | 0x7F
 _ASYNC_PATIENCE_TICKS: Final = 3
 _SPIN_STEPS: Final = 400
 _GIVE_UP_INTERRUPTS: Final = 500  # half a minute of computing while others wait: a thread that spins is found long before
@@ -57,10 +59,12 @@ class _Recorded(Thread):
         super().__init__(tid, index, process)
         self.table = table
         self.status: int | None = None  # a stop that has not been handled yet
+        self.due: tuple[int, int] | None = None  # the request and signal with which it goes on
         self.entered = False  # a call was let into the kernel and its exit is outstanding
         self.payload = b""
         self.boundary: tuple[int, int] | None = None  # (rip, rsp) behind the last call: a signal here is at a boundary
         self.held: deque[tuple[int, bytes]] = deque()  # signals that came in user code
+        self.stop: tuple[int, ...] = ()  # status and registers of the latest stop
         self.ticks = 0
         self.preempted = False
         self.last_nr = -1
@@ -97,7 +101,6 @@ class Recorder:
         first.payload = os.fsencode(path)
         self._after_exec(first)
         self.writer.add(Kind.EXEC, first.index, _EXECVE, 0, 0, pieces=self._exec_pieces(first))
-        first.status = None
         self._resume(first)
         self._drive(first)
         while self.threads:
@@ -141,16 +144,26 @@ class Recorder:
 
     def _drive(self, thread: _Recorded) -> None:
         """Run one thread until it blocks, ends or has had its share."""
+        self._running = thread
         try:
             while True:
                 status = thread.status
-                thread.status = None
                 if status is None:
-                    status = self._wait_user(thread)
-                if os.WIFEXITED(status) or os.WIFSIGNALED(status):
+                    status = self._go_on(thread)
+                else:
+                    thread.status = None
+                    self._load(thread, status)
+                if status == _EXIT_STOP:
+                    more = self._exit(thread)
+                elif status == _ENTRY_STOP:
+                    more = self._entry(thread)
+                elif status & 0xFF != 0x7F:
                     self._death(thread, status)
                     return
-                if not self._on_stop(thread, status):
+                else:
+                    more = self._on_stop(thread, status)
+                if not more:
+                    self._let_go(thread)
                     return
         except ptrace.Gone:
             self._await_death(thread)
@@ -165,16 +178,30 @@ class Recorder:
                 return
             self._arrived(*got)
 
-    def _wait_user(self, thread: _Recorded) -> int:
-        """Wait for a thread that runs; on each tick look whether it spins while others or signals wait."""
-        while True:
-            got = ptrace.wait(thread.tid)
-            if got is None:
-                self._tick(thread)
-            elif got[0] == 0:
-                raise ptrace.Gone(thread.tid)
-            else:
-                return got[1]
+    def _go_on(self, thread: _Recorded) -> int:
+        """Resume a thread and wait for its next stop; on each tick look whether it spins while others or signals wait."""
+        request, number = thread.due or (0, 0)
+        thread.due = None
+        got = machine.step(thread.tid, request, number)
+        while got is None:
+            self._tick(thread)
+            if thread.status is not None:  # the look at the others saw this one's stop
+                status, thread.status = thread.status, None
+                self._load(thread, status)
+                return status
+            got = machine.step(thread.tid, 0)
+        thread.stop = got
+        return got[0]
+
+    def _let_go(self, thread: _Recorded) -> None:
+        """Resume a thread that is not waited for."""
+        if thread.due is not None:
+            (request, number), thread.due = thread.due, None
+            ptrace.request(request, thread.tid, 0, number)
+
+    def _load(self, thread: _Recorded, status: int) -> None:
+        if status in (_EXIT_STOP, _ENTRY_STOP):
+            thread.stop = (status, *ptrace.get_regs(thread.tid))
 
     def _tick(self, thread: _Recorded) -> None:
         thread.ticks += 1
@@ -203,12 +230,7 @@ class Recorder:
 
     def _on_stop(self, thread: _Recorded, status: int) -> bool:
         """Handle one stop; True: the thread runs on and is waited for, False: another thread's turn."""
-        self._running = thread
         event = status >> 16
-        if event == ptrace.EVENT_SECCOMP:
-            return self._entry(thread)
-        if os.WSTOPSIG(status) == ptrace.SYSCALL_STOP:
-            return self._exit(thread)
         if event in (ptrace.EVENT_FORK, ptrace.EVENT_VFORK, ptrace.EVENT_CLONE):
             return self._spawned(thread, event)
         if event == ptrace.EVENT_EXEC:
@@ -221,11 +243,13 @@ class Recorder:
         return time.monotonic_ns() - self.t0_ns
 
     def _resume(self, thread: _Recorded, number: int = 0) -> None:
-        ptrace.request(ptrace.CONT, thread.tid, 0, number)
+        thread.due = (ptrace.CONT, number)
 
     def _entry(self, thread: _Recorded) -> bool:
-        thread.load_call()
-        nr = thread.nr
+        _, *regs = thread.stop
+        thread.regs = regs
+        nr = thread.nr = regs[15]
+        thread.args = (regs[14], regs[13], regs[12], regs[7], regs[9], regs[8])
         shape = syscalls.MODELS.get(nr)
         if shape is None or shape.kind == "refuse":
             self._refuse(f"{syscalls.name_of(nr)} is not modelled")
@@ -242,9 +266,10 @@ class Recorder:
             thread.skip_call(_EINVAL)
             return self._finish(thread, _EINVAL)
         thread.entered = True
-        ptrace.request(ptrace.SYSCALL, thread.tid)
-        if shape is not None and shape.kind != "block" and nr not in _CLONES:
+        thread.due = (ptrace.SYSCALL, 0)
+        if (len(self.threads) == 1 or (shape is not None and shape.kind != "block")) and nr not in _CLONES:
             return True
+        self._let_go(thread)
         return self._try_finish(thread, nr)
 
     def _try_finish(self, thread: _Recorded, nr: int) -> bool:
@@ -267,7 +292,8 @@ class Recorder:
 
     def _exit(self, thread: _Recorded) -> bool:
         thread.entered = False
-        return self._finish(thread, ptrace.peek_result(thread.tid))
+        result = thread.stop[11]  # RAX
+        return self._finish(thread, result - (1 << 64) if result >> 63 else result)
 
     def _finish(self, thread: _Recorded, result: int) -> bool:
         """Log a finished call and let the thread run on."""
@@ -370,8 +396,11 @@ class Recorder:
         self.writer.add(
             Kind.SPAWN, thread.index, thread.nr, child.index, self._now(), (same_process, shares_memory, flags, tid, 0, 0)
         )
-        ptrace.request(ptrace.SYSCALL, thread.tid)
-        return True if event != ptrace.EVENT_VFORK else self._try_finish(thread, thread.nr)
+        thread.due = (ptrace.SYSCALL, 0)
+        if event != ptrace.EVENT_VFORK:
+            return True
+        self._let_go(thread)
+        return self._try_finish(thread, thread.nr)
 
     def _clone_flags(self, thread: _Recorded) -> int:
         if thread.nr == NUMBERS["clone"]:
@@ -431,6 +460,7 @@ class Recorder:
         self.writer.add(Kind.LEAVE, thread.index, thread.nr, 0, self._now(), thread.args)
         whole = thread.nr == _EXIT_GROUP or len(thread.process.threads) == 1
         self._resume(thread)
+        self._let_go(thread)
         if not whole and thread.tid == thread.process.tgid:
             self._await_zombie(thread)
             return False
@@ -555,7 +585,7 @@ class Recorder:
             number, info = thread.held.popleft()
             self.writer.add(Kind.SIGNAL, thread.index, number, 0, self._now(), (1, 0, 0, 0, 0, 0), info, (packed,))
             ptrace.tgkill(thread.process.tgid, thread.tid, number)
-            self._resume(thread)
+            ptrace.request(ptrace.CONT, thread.tid)
             got = None
             while got is None:
                 got = ptrace.wait(thread.tid)
@@ -698,10 +728,12 @@ def record(command: Sequence[str], folder: Path) -> int:
     os.sched_setaffinity(0, {cpu})
     _hand_terminal(pid)
     recorder = Recorder(folder, cpu, affinity)
-    signal.signal(signal.SIGALRM, lambda *_: None)
+    traps = machine.SharedTraps()
+    signal.signal(signal.SIGALRM, lambda *_: traps.renew())
     signal.setitimer(signal.ITIMER_REAL, _TICK_S, _TICK_S)
     try:
-        recorder.run(pid, path)
+        with traps:
+            recorder.run(pid, path)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.sched_setaffinity(0, affinity)

@@ -14,7 +14,7 @@ from typing import Final
 
 from events.errors import InputError
 from events.syscalls import NUMBERS
-from replay import ptrace, syscalls
+from replay import machine, ptrace, syscalls
 
 __all__ = ["Process", "Thread", "TraceeError", "launch"]
 
@@ -175,7 +175,7 @@ def native_trap(kind: int, eax: int, ecx: int, now_ns: int) -> tuple[int, int, i
         return now_ns & 0xFFFFFFFF, 0, 0, now_ns >> 32 & 0xFFFFFFFF
     key = (eax & 0xFFFFFFFF, ecx & 0xFFFFFFFF)
     if key not in _cpuid_cache:
-        values = list(ptrace.cpuid(*key))
+        values = list(machine.cpuid(*key))
         for (leaf, register), bits in _CPUID_HIDDEN.items():
             if key[0] == leaf and (leaf != 7 or key[1] == 0):
                 values[register] &= ~bits
