@@ -144,7 +144,7 @@ class NodeEngine:
             self._tasks.fold(frame.batch)
         elif frame.kind == "losses/1":
             self._take_losses(frame)
-        else:
+        elif frame.kind == "session/1":
             self._sessions.setdefault(frame.recording, {}).update(frame.body)
         recording = self._recordings.setdefault(frame.recording, _Recording())
         self._missing_frames += recording.arrived(frame.number, frame.watermark.node_mono_ns, self.config.frame_gap_max)
@@ -152,6 +152,8 @@ class NodeEngine:
 
     def _take_losses(self, frame: Frame) -> None:
         for row in frame.batch.to_pylist():
+            if row["hop"] == "payload":
+                continue  # bytes of a call, not an event: verdicts do not rest on them
             loss = Loss(
                 int(row["from_mono_ns"]), int(row["to_mono_ns"]), row["cpu"], str(row["reason"] or ""),
                 str(row["family"] or ""), int(row["count"] or 0),

@@ -35,6 +35,9 @@ Then: kprobe info run.kcap; kprobe analyze run.kcap --operations operations.csv
 _WATCH_HELP = """What to watch, may be repeated: pid:N (with descendants), comm:GLOB, cgroup:PATH, container:ID, port:N, all.
 Default: the command's tree; without a command, all."""
 
+_PAYLOAD_HELP = """Also take what the command's system calls read and write, from its first instruction on, so that it can run
+again (kprobe replay import). The capture then holds the program's data."""
+
 
 @app.command(epilog=_EPILOG, context_settings={"allow_interspersed_args": False})
 def record(
@@ -46,6 +49,7 @@ def record(
         float | None, typer.Option(metavar="S", min=0, help="Stop recording after S seconds; the command runs on.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="Settings file (section `probe`: ring size, limits).")] = None,
+    payload: Annotated[bool, typer.Option("--payload", help=_PAYLOAD_HELP)] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No summary; errors and losses are still told.")] = False,
     command: Annotated[list[str] | None, typer.Argument(metavar="[-- CMD ARG...]", help="Command to run and watch.")] = None,
 ) -> None:
@@ -58,7 +62,9 @@ def record(
 
     settings = load(config)
     began = time.monotonic()
-    agent, writer, child, stop = _begin(settings, output, watch, duration, command or [])
+    if payload and not command:
+        raise InputError("--payload takes the data of a command from its first instruction on: give the command after --")
+    agent, writer, child, stop = _begin(settings, output, watch, duration, command or [], payload=payload)
     summary = agent.run(stop)
     status = child.wait() if child is not None else None
     _tell(writer, summary, time.monotonic() - began, quiet)
@@ -67,7 +73,9 @@ def record(
     raise typer.Exit(status)
 
 
-def _begin(settings: Any, output: Path, watch: list[str] | None, duration: float | None, command: list[str]) -> tuple[Any, ...]:
+def _begin(
+    settings: Any, output: Path, watch: list[str] | None, duration: float | None, command: list[str], *, payload: bool = False
+) -> tuple[Any, ...]:
     """Everything up to the first instruction of the command; if any of it fails nothing was run and nothing is attached."""
     from probe.agent import Agent
     from probe.capture import CaptureWriter
@@ -86,7 +94,7 @@ def _begin(settings: Any, output: Path, watch: list[str] | None, duration: float
             undo.callback(child.abandon)
             selectors.append(Selector.parse(f"pid:{child.pid}"))
         exclude = LocalStack(settings.stack).pids().values() if settings.probe.exclude_servers else ()
-        source = KernelSource(settings.probe, selectors, exclude=list(exclude))
+        source = KernelSource(settings.probe, selectors, exclude=list(exclude), **(_payload(child) if payload else {}))
         undo.callback(source.close)
         source.open()
         writer = CaptureWriter(output)  # last: an older capture of that name is only replaced by one that begins
@@ -97,6 +105,14 @@ def _begin(settings: Any, output: Path, watch: list[str] | None, duration: float
             child.release()
         undo.pop_all()
     return agent, writer, child, stop
+
+
+def _payload(child: Any) -> dict[str, Any]:
+    """What the source is told for payloads: which calls, and what the command starts with."""
+    from probe.payload import PlannedCall
+    from replay.passive import capture_plan, start_of
+
+    return {"payload": [PlannedCall(*call) for call in capture_plan()], "notes": {"start": start_of(child.command, child.pid)}}
 
 
 def _framer(settings: Any) -> Any:

@@ -2,7 +2,7 @@
 
 A frame is one Arrow IPC stream (zstd) of one schema, whose schema metadata says what it is and where it comes from:
 
-    kprobe.frame      "events/1" | "tasks/1" | "losses/1" | "session/1"
+    kprobe.frame      "events/1" | "tasks/1" | "losses/1" | "payload/1" | "session/1"
     kprobe.node, kprobe.boot_id
     kprobe.number     counts the frames of one recording from 0, over all kinds: a hole is a lost frame
     kprobe.recording  random id of the recording (a restart of the probe begins a new one)
@@ -25,7 +25,7 @@ import orjson
 import pyarrow as pa
 
 from events.errors import FrameError
-from events.records import EVENTS, LOSSES, TASKS, columns_from_arrow, columns_to_arrow
+from events.records import EVENTS, LOSSES, PAYLOAD, TASKS, columns_from_arrow, columns_to_arrow
 
 __all__ = ["SCHEMAS", "Clocks", "Frame", "Watermark"]
 
@@ -33,6 +33,7 @@ SCHEMAS: Final[Mapping[str, pa.Schema]] = {
     "events/1": EVENTS,
     "tasks/1": TASKS,
     "losses/1": LOSSES,
+    "payload/1": PAYLOAD,
     "session/1": pa.schema([]),
 }
 _OPTIONS: Final = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1))

@@ -24,6 +24,12 @@ __all__ = [
     "FLAG_WATCHED",
     "LOSSES",
     "LOSS_REASONS",
+    "PAYLOAD",
+    "PAYLOAD_CALL",
+    "PAYLOAD_ENTRY",
+    "PAYLOAD_IMAGE",
+    "PAYLOAD_TRUNCATED",
+    "PAYLOAD_UNREADABLE",
     "RECORD_BYTES",
     "TASKS",
     "TASK_REASONS",
@@ -146,6 +152,35 @@ LOSSES: Final = pa.schema(
         ("first_seq", pa.uint64()),
         ("last_seq", pa.uint64()),
         ("count", pa.uint64()),
+    ]
+)
+
+# Kinds of payload records: a finished call; a call that was entered and will not come back as it went (exit, execve); the
+# initial stack of a new program.
+PAYLOAD_CALL: Final = 1
+PAYLOAD_ENTRY: Final = 2
+PAYLOAD_IMAGE: Final = 3
+
+# Bits of a payload record's flags.
+PAYLOAD_TRUNCATED: Final = 1  # more bytes, or more vectors, than a record holds
+PAYLOAD_UNREADABLE: Final = 2  # some of the memory was not resident
+
+# What one system call read from and wrote to memory. `seq` counts the payload records of a CPU, apart from its events.
+# `data` holds regions one after the other: address (u64), bytes that follow (u32), bytes wanted (u32), the bytes, padded to 8.
+PAYLOAD: Final = pa.schema(
+    [
+        ("time_mono_ns", pa.int64()),  # when the call ended
+        ("entry_mono_ns", pa.int64()),  # when it began; 0 if that was not seen
+        ("seq", pa.uint64()),
+        ("cpu", pa.uint16()),
+        ("kind", pa.uint8()),
+        ("flags", pa.uint8()),
+        ("tgid", pa.uint32()),
+        ("tid", pa.uint32()),
+        ("nr", pa.uint32()),
+        ("ret", pa.int64()),
+        *((f"arg{i}", pa.uint64()) for i in range(6)),
+        ("data", pa.binary()),
     ]
 )
 

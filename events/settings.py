@@ -67,6 +67,7 @@ class ProbeSettings(_Section):
     watch: list[str] = Field(default_factory=lambda: ["all"])
     exclude_servers: bool = True  # leave out the local broker and stores (pids from `kprobe up`)
     ring_bytes_per_cpu: int = Field(default=64 << 20, ge=4096)
+    payload_ring_bytes_per_cpu: int = Field(default=32 << 20, ge=1 << 18)  # only where payloads are recorded
     drain_interval_ms: int = Field(default=10, ge=1, le=1000)
     batch_events: int = Field(default=16384, ge=1)
     batch_linger_ms: int = Field(default=50, ge=1)

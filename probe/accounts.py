@@ -61,7 +61,7 @@ class RingLedger:
                 self.delivered[cpu] += n
                 self._saw(cpu, low, high)
         for row in losses:
-            if row.get("reason") == "ring_full" and row.get("cpu") is not None:
+            if row.get("reason") == "ring_full" and row.get("cpu") is not None and row.get("hop") != "payload":
                 self.lost[row["cpu"]] += row["count"] or 0
                 if row.get("first_seq") is not None:
                     self._saw(row["cpu"], row["first_seq"], row["last_seq"])

@@ -96,11 +96,12 @@ class _Batch:
         self.parts: list[Mapping[str, npt.NDArray[Any]]] = []
         self.tasks: list[Row] = []
         self.losses: list[Row] = []
+        self.payload: list[Any] = []
         self.rows = 0
         self.since_mono_ns = 0
 
     def add(self, drained: Drained, now_mono_ns: int) -> None:
-        if not (self.rows or self.tasks or self.losses):
+        if not self:
             self.since_mono_ns = now_mono_ns
         rows = len(drained.columns["time_mono_ns"])
         if rows:
@@ -108,9 +109,12 @@ class _Batch:
         self.rows += rows
         self.tasks.extend(drained.tasks)
         self.losses.extend(drained.losses)
+        payload = getattr(drained, "payload", None)
+        if payload is not None:
+            self.payload.append(payload)
 
     def __bool__(self) -> bool:
-        return bool(self.rows or self.tasks or self.losses)
+        return bool(self.rows or self.tasks or self.losses or self.payload)
 
 
 class Agent:
@@ -250,6 +254,8 @@ class Agent:
         for sealed in self._framer.tasks([with_container(row) for row in batch.tasks]):
             self._send(sealed)
         for sealed in self._framer.losses(losses):
+            self._send(sealed)
+        for sealed in (s for part in batch.payload for s in self._framer.payload(part)):
             self._send(sealed)
         columns = concatenate(batch.parts)
         for sealed in self._framer.events(columns, self._watermark, self._settings.batch_events):

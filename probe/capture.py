@@ -60,7 +60,7 @@ _HEADER_BYTES: Final = _HEADER.size + _CRC.size
 _HEAD_BYTES: Final = _RECORD.size + _CHAIN_BYTES + _CRC.size
 _TRAILER_BYTES: Final = _TRAILER.size + _CRC.size
 
-_KINDS: Final = {"session/1": 1, "tasks/1": 2, "losses/1": 3, "events/1": 4}
+_KINDS: Final = {"session/1": 1, "tasks/1": 2, "losses/1": 3, "events/1": 4, "payload/1": 5}
 _KIND_NAMES: Final = {code: kind for kind, code in _KINDS.items()}
 _KIND_INDEX: Final = 255
 # A length beyond this is damage, not a frame: the recorder makes frames of about a megabyte, other writers may exceed that.
@@ -459,7 +459,7 @@ def _cut_off(entry: Entry, size_bytes: int) -> Damage:
 
 
 def _touches(entry: Entry, from_mono_ns: int | None, to_mono_ns: int | None) -> bool:
-    if entry.kind not in ("events/1", "losses/1"):
+    if entry.kind not in ("events/1", "losses/1", "payload/1"):
         return True
     ended_before = from_mono_ns is not None and entry.last_mono_ns < from_mono_ns
     begins_after = to_mono_ns is not None and entry.first_mono_ns >= to_mono_ns

@@ -29,7 +29,7 @@ from typing import Final
 from events.errors import CapabilityError, ProbeError
 from probe.btf import KernelTypes
 
-__all__ = ["MODULES", "Source", "bcc_directory", "compile_source", "link", "write_source"]
+__all__ = ["MODULES", "Source", "bcc_directory", "compile_source", "link", "write_payload_source", "write_source"]
 
 BPF_DIR: Final = Path(__file__).parent / "bpf"
 # Kernel modules whose types and tracepoints the probe uses, where they are not built in.
@@ -85,6 +85,18 @@ def write_source(types: KernelTypes, programs: Mapping[str, str | None], facts: 
     hot = (BPF_DIR / "hot.c").read_text()
     rest = [p.read_text() for p in sorted(BPF_DIR.glob("*.c")) if p.name != "hot.c"]
     body = "\n".join([(BPF_DIR / "common.h").read_text(), "#define TYPED", hot, "#undef TYPED", hot, *rest])
+    return _with_facts(types, programs, facts, kinds, body)
+
+
+def write_payload_source(types: KernelTypes, programs: Mapping[str, str | None], facts: Mapping[str, int]) -> Source:
+    """The text of the payload programs, which are compiled only where they are asked for."""
+    body = "\n".join(p.read_text() for p in (BPF_DIR / "common.h", BPF_DIR / "payload" / "payload.c"))
+    return _with_facts(types, programs, facts, "", body)
+
+
+def _with_facts(
+    types: KernelTypes, programs: Mapping[str, str | None], facts: Mapping[str, int], kinds: str, body: str
+) -> Source:
     fields, missing_fields = _field_macros(types, body)
     arguments, missing_arguments = _argument_macros(types, programs, body)
     machine = [f"#define {name} {value}" for name, value in sorted(facts.items())]

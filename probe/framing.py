@@ -27,6 +27,9 @@ __all__ = ["MAX_FRAME_BYTES", "Framer", "Row", "Sealed", "concatenate", "loss_ro
 MAX_FRAME_BYTES: Final = 900_000
 # Task rows are wide (names, paths, command lines): a snapshot of a large machine travels in several frames.
 _TASK_ROWS: Final = 2048
+# Payload bytes of one frame: below the limit also where they cannot be compressed.
+_PAYLOAD_BYTES: Final = 600_000
+_PAYLOAD_ROWS: Final = 4096
 
 Row = Mapping[str, Any]  # one row of `TASKS` or `LOSSES`
 
@@ -71,6 +74,7 @@ _SPAN_COLUMNS: Final = {
     "events/1": ("time_mono_ns", "time_mono_ns"),
     "tasks/1": ("time_mono_ns", "time_mono_ns"),
     "losses/1": ("from_mono_ns", "to_mono_ns"),
+    "payload/1": ("time_mono_ns", "time_mono_ns"),
 }
 
 
@@ -122,6 +126,16 @@ class Framer:
         """A frame of loss rows, if there are any."""
         if rows:
             yield self._seal("losses/1", rows_to_arrow(rows, LOSSES))
+
+    def payload(self, batch: pa.RecordBatch) -> Iterator[Sealed]:
+        """Frames of payload records."""
+        offsets = np.frombuffer(batch.column("data").buffers()[1], np.int32)[: batch.num_rows + 1]
+        start = 0
+        while start < batch.num_rows:
+            end = int(np.searchsorted(offsets, offsets[start] + _PAYLOAD_BYTES, side="right")) - 1
+            end = min(max(end, start + 1), start + _PAYLOAD_ROWS, batch.num_rows)
+            yield self._seal("payload/1", batch.slice(start, end - start))
+            start = end
 
     def events(self, columns: Mapping[str, npt.NDArray[Any]], watermark: Watermark, rows_max: int) -> Iterator[Sealed]:
         """Frames of at most `rows_max` events; the last one (there is always one) carries `watermark`."""

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from events.kinds import BY_NAME
 from events.records import EVENT_DTYPE, RECORD_BYTES
 
-__all__ = ["Block", "CpuLedger", "EventRing", "Hole", "TextRecord", "TextRing"]
+__all__ = ["Block", "CpuLedger", "EventRing", "Hole", "RingMemory", "TextRecord", "TextRing"]
 
 PAGE: Final = mmap.PAGESIZE
 _BUSY: Final = 1 << 31
@@ -44,7 +44,7 @@ GRACE_NS: Final = 250_000_000
 U64 = npt.NDArray[np.uint64]
 
 
-class _Mapping:
+class RingMemory:
     """The two memory mappings of one ring."""
 
     def __init__(self, map_fd: int, data_bytes: int) -> None:
@@ -70,6 +70,20 @@ class _Mapping:
         assert self._consumer is not None, "ring is closed"
         self._consumer[0] = position
 
+    def word(self, position: int) -> int:
+        """The 32 bits at a position: the header of a record. Read before what they vouch for."""
+        return int(np.frombuffer(self._ring, "<u4", 1, PAGE + position % self.data_bytes)[0])
+
+    def copy(self, position: int, length: int) -> bytes:
+        """A copy of the bytes at a position; the second mapping makes them contiguous."""
+        at = PAGE + position % self.data_bytes
+        return self._ring[at : at + length]
+
+    @staticmethod
+    def map_array(fd: int, size: int) -> U64:
+        """The value of a mappable array as words."""
+        return np.frombuffer(mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ), np.uint64)
+
     def close(self) -> None:
         self._consumer = self._producer = None
         self._ring.close()
@@ -88,7 +102,7 @@ class EventRing:
     """The ring of one CPU, with 64-byte records."""
 
     def __init__(self, map_fd: int, data_bytes: int) -> None:
-        self._map = _Mapping(map_fd, data_bytes)
+        self._map = RingMemory(map_fd, data_bytes)
         self.delivered = 0
 
     def read(self, limit: int) -> Block:
@@ -231,7 +245,7 @@ class TextRing:
     """The ring of variable-length texts, shared by all CPUs: rare records, walked one by one."""
 
     def __init__(self, map_fd: int, data_bytes: int) -> None:
-        self._map = _Mapping(map_fd, data_bytes)
+        self._map = RingMemory(map_fd, data_bytes)
 
     def read(self) -> Iterator[TextRecord]:
         """The committed records; their space is given back as the iteration goes on."""

@@ -23,6 +23,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from events.errors import CapabilityError
 from events.frames import Watermark
@@ -32,6 +33,7 @@ from events.settings import ProbeSettings
 from probe.btf import KernelTypes, build_id
 from probe.cgroups import CgroupTable, find_hierarchy
 from probe.lifecycle import LIFECYCLE, TaskRows
+from probe.payload import Mask, PayloadSource, PlannedCall
 from probe.programs import Maps, ProgramSet
 from probe.ring import CpuLedger, EventRing, TextRing, last_switch, online_cpus, round_ring_bytes
 from probe.snapshot import TASK_ROW, snapshot_rows
@@ -89,15 +91,25 @@ class Drained:
     tasks: list[Row]
     losses: list[Row]
     watermark: Watermark
+    payload: pa.RecordBatch | None = None  # of events.records.PAYLOAD, where payloads are recorded
 
 
 class KernelSource:
-    """Records the running kernel. `exclude` are processes to leave out, with their descendants: the local servers."""
+    """Records the running kernel. `exclude` are processes to leave out, with their descendants: the local servers.
 
-    def __init__(self, settings: ProbeSettings, watch: Sequence[Selector], *, exclude: Iterable[int] = ()) -> None:
+    `payload` switches the recording of payloads on (see `probe.payload`); `mask` sees their bytes before anything else does.
+    `notes` are added to the session document.
+    """
+
+    def __init__(
+        self, settings: ProbeSettings, watch: Sequence[Selector], *, exclude: Iterable[int] = (),
+        payload: Sequence[PlannedCall] = (), mask: Mask | None = None, notes: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         self._settings = settings
         self._watch = tuple(watch) or (Selector("all"),)
         self._exclude = frozenset(exclude)
+        self._plan, self._mask, self._notes = tuple(payload), mask, dict(notes or {})
+        self._payload: PayloadSource | None = None
         self._closed = False
         self._open_parts: list[_Closable] = []  # what `open` made, to be closed in the opposite order
         self._counts = np.zeros(256, np.int64)
@@ -119,10 +131,21 @@ class KernelSource:
         try:
             self._map_rings(cpus)
             self._programs.load(self._maps)
+            if self._plan:
+                self._payload = self._payload_source(cpus)
             self._begin()
         except BaseException:
             self.close()
             raise
+
+    def _payload_source(self, cpus: int) -> PayloadSource:
+        size = round_ring_bytes(self._settings.payload_ring_bytes_per_cpu)
+        source = PayloadSource(
+            self._maps.fds["pids"], self._programs.types, self._plan, cpus=cpus, ring_bytes=size,
+            fetch_add=self._programs.fetch_add, mask=self._mask,
+        )  # fmt: skip
+        self._open_parts.append(source)
+        return source
 
     def _map_rings(self, cpus: int) -> None:
         self._table = WatchTable(self._maps.fds["pids"])
@@ -145,6 +168,8 @@ class KernelSource:
             self._table.exclude(pid)
         self._watch_groups(self._cgroups.paths)
         self._programs.attach()
+        if self._payload is not None:
+            self._payload.attach()
         self.started_mono_ns = self._polled_mono_ns = self._drained_mono_ns = time.monotonic_ns()
         for ledger in self._ledgers:
             ledger.last_mono_ns = self.started_mono_ns
@@ -212,6 +237,8 @@ class KernelSource:
     def detach(self) -> None:
         """Stop recording. What was recorded can still be drained."""
         self._programs.detach()
+        if self._payload is not None:
+            self._payload.detach()
 
     def close(self) -> None:
         """Detach and free everything."""
@@ -240,6 +267,8 @@ class KernelSource:
             marks[cpu] = ledger.watermark(now if complete else ledger.last_mono_ns)
             parts.append(events)
             seqs.append(seq)
+        payload, payload_losses = self._payload.drain() if self._payload is not None else (None, [])
+        losses += payload_losses
         texts = list(self._text.read())
         losses += self._other_losses(now)
         columns = _columns(parts, seqs)
@@ -249,7 +278,7 @@ class KernelSource:
         self._match_names(tasks)
         self._counts += np.bincount(columns["kind"], minlength=256)
         self._drained_mono_ns = now
-        return Drained(columns, tasks, losses, Watermark(min(marks.values()), marks))
+        return Drained(columns, tasks, losses, Watermark(min(marks.values()), marks), payload)
 
     def _read_cpu(self, cpu: int, ledger: CpuLedger, now: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint64], bool]:
         """(events sorted by (time, seq), their full sequence numbers, was the ring emptied)."""
@@ -313,6 +342,7 @@ class KernelSource:
         found = self._programs.capabilities()
         names = os.uname()
         return {
+            **self._notes,
             "kernel": {"release": names.release, "version": names.version, "machine": names.machine, "build": build_id()},
             "cpus": len(self._rings),
             "families": {name: state.to_json() for name, state in found.families.items()},
@@ -322,6 +352,7 @@ class KernelSource:
             "ring_bytes_per_cpu": self._maps.ring_bytes,
             "cgroup_version": 1 if self._hierarchy.version_1 else 2,
             "origin": "kernel",
+            "payload": self._payload is not None,
         }
 
     def stats(self) -> dict[str, Any]:
@@ -340,6 +371,7 @@ class KernelSource:
             "cpus": cpus,
             "events": {BY_NUMBER[k].name: int(self._counts[k]) for k in np.flatnonzero(self._counts).tolist()},
             "refused": self._programs.missed(),
+            **({"payload": self._payload.stats()} if self._payload is not None else {}),
             "kernel_bytes": self._maps.bytes(),
             "own_cpu_ns": time.process_time_ns(),
             "attached": [name for name, state in self._programs.capabilities().families.items() if state.attached],

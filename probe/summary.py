@@ -54,7 +54,7 @@ class _Collected:
             rows = frame.batch.to_pylist()
             self.losses.extend(rows)
             self.ring.add({"cpu": np.empty(0, np.uint16), "seq": np.empty(0, np.uint64)}, rows)
-        else:
+        elif frame.kind == "session/1":
             self.sessions.append(frame)
 
     def _events(self, columns: Mapping[str, npt.NDArray[Any]]) -> None:
