@@ -11,7 +11,7 @@ it stands for a failure), and by a failure that the program decides on without t
 """
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +22,12 @@ __all__ = ["Failure", "failure_of", "stopper_of"]
 
 _EXIT_SIGNAL: Final = 0x7F
 _STOPPING: Final = (19, 20, 21, 22)  # SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU
+_ENDING: Final = (1, 2, 3, 15)  # SIGHUP, SIGINT, SIGQUIT, SIGTERM
 _FLAG_FIN, _FLAG_RST = 1, 4
 _RESETS: Final = {104, 103, 32}  # ECONNRESET, ECONNABORTED, EPIPE
 _IO_ERRORS: Final = {5, 6, 19, 27, 28, 30, 74, 75, 117, 121, 122}  # EIO, ENXIO, ENODEV, EFBIG, ENOSPC, EROFS, EBADMSG, ...
 _SOCKET: Final = 1
+_AF_UNIX: Final = 1
 _READS: Final = {0, 19, 45, 47, 299}  # read, readv, recvfrom, recvmsg, recvmmsg
 _END_TO_EXIT_NS: Final = 50_000_000  # an exit's FIN may leave before or after the exit is told
 _FAMILY_UNREACHED: Final = {111, 113, 101}  # ECONNREFUSED, EHOSTUNREACH, ENETUNREACH
@@ -59,12 +61,24 @@ def _death(window: Window, who: Who, start: int, end: int) -> Failure | None:
     if oom is not None:
         return oom
     if signal == 0:
-        return None
+        return _told_to_end(window, who, exits, i, start)
     sent = _signal(window, who, (signal,), died)
     if sent is None:
         return Failure(died, "killed_signal", None, (exits.ref(i),), "strong")
     rows, k = sent
     return Failure(int(rows.time[k]), "killed_signal", rows.who(k), (rows.ref(k), exits.ref(i)))
+
+
+def _told_to_end(window: Window, who: Who, exits: Rows, i: int, start: int) -> Failure | None:
+    """The process ended itself with a status that is no success, after somebody had told it to by a signal that it caught."""
+    died = int(exits.time[i])
+    sent = _signal(window, who, _ENDING, died)
+    if sent is None or not int(exits.get("exit_code")[i]):
+        return None
+    rows, k = sent
+    if int(rows.time[k]) < start or rows.who(k).tgid == who.tgid:
+        return None
+    return Failure(int(rows.time[k]), "killed_signal", rows.who(k), (rows.ref(k), exits.ref(i)), "strong")
 
 
 def _oom(window: Window, who: Who, before: int) -> Failure | None:
@@ -99,7 +113,8 @@ def stopper_of(window: Window, who: Who, stopped_mono_ns: int) -> tuple[Who, Eve
 def _last_error(window: Window, who: Who, start: int, end: int) -> Failure | None:
     rows = window.rows("sys_exit").between(start, end)
     rows = rows.take(rows.columns["tid"] == who.tid)
-    ret, nr, socket = rows.get("ret"), rows.get("nr"), _on_socket(window, who, rows)
+    ret, nr, calls, entry = rows.get("ret"), rows.get("nr"), *_entries(window, who, rows)
+    socket = (calls.get("object_type") == _SOCKET)[entry] & (entry >= 0) if len(calls) else np.zeros(len(rows), np.bool_)
     known = sorted(_RESETS | _IO_ERRORS | _FAMILY_UNREACHED)
     closed = socket & (ret == 0) & np.isin(nr, sorted(_READS)) & (rows.get("arg1") != 0)
     found = np.flatnonzero(np.isin(-ret, known) | closed)
@@ -114,15 +129,11 @@ def _last_error(window: Window, who: Who, start: int, end: int) -> Failure | Non
     return Failure(at, "net_reset", None, (rows.ref(i),), "strong")
 
 
-def _on_socket(window: Window, who: Who, exits: Rows) -> npt.NDArray[np.bool_]:
-    """Which of a thread's calls were on a socket: their entries tell."""
+def _entries(window: Window, who: Who, exits: Rows) -> tuple[Rows, npt.NDArray[Any]]:
+    """The thread's entries to calls, and for each exit which of them it ends (-1: none was recorded)."""
     enters = window.rows("sys_enter")
     enters = enters.take(enters.columns["tid"] == who.tid)
-    at = np.searchsorted(enters.time, exits.time, "right") - 1
-    found: npt.NDArray[np.bool_] = np.zeros(len(exits), np.bool_)
-    known = at >= 0
-    found[known] = (enters.get("object_type") == _SOCKET)[at[known]]
-    return found
+    return enters, np.searchsorted(enters.time, exits.time, "right") - 1
 
 
 def _io_evidence(window: Window, rows: Rows, i: int, start: int) -> tuple[EventRef, ...]:
@@ -135,6 +146,9 @@ def _io_evidence(window: Window, rows: Rows, i: int, start: int) -> tuple[EventR
 def _broken_connection(window: Window, who: Who, rows: Rows, i: int, start: int) -> Failure | None:
     """A reset, or the peer's exit, by the segment that broke the connection."""
     at = int(rows.time[i])
+    local = _local_closer(window, who, rows, i, start)
+    if local is not None:
+        return local
     broke = _breaking_segment(window, who, start, at)
     if broke is None:
         if -int(rows.get("ret")[i]) == 0:
@@ -148,6 +162,27 @@ def _broken_connection(window: Window, who: Who, rows: Rows, i: int, start: int)
     if reset:
         return Failure(at, "net_reset", sender if sender.tid else None, evidence)
     return Failure(at, "peer_exited", sender, evidence, "strong")
+
+
+def _local_closer(window: Window, who: Who, rows: Rows, i: int, start: int) -> Failure | None:
+    """The peer of a UNIX socket or pipe, by its exit: whoever woke the thread for the end of the stream, or sent on it last."""
+    at = int(rows.time[i])
+    wakes = window.rows("sched_waking").between(start, at)
+    found = np.flatnonzero((wakes.get("tid") == who.tid) & (wakes.columns["tgid"] != who.tgid))
+    candidates = [(wakes.who(int(k)), wakes.ref(int(k))) for k in found[-1:]]
+    ready = window.rows("sk_data_ready").between(window.from_mono_ns, at)
+    calls, entry = _entries(window, who, rows)
+    if entry[i] < 0:
+        return None
+    kind, stream = int(calls.get("object_type")[entry[i]]), int(calls.get("object")[entry[i]])
+    on_it = (ready.get("sk") == np.uint64(stream)) & (ready.get("family") == _AF_UNIX) & (ready.columns["tgid"] != who.tgid)
+    candidates += [(ready.who(int(k)), ready.ref(int(k))) for k in np.flatnonzero(on_it)[-1:]]
+    if kind == _SOCKET and not on_it.any():
+        return None  # of another family: segments tell
+    for peer, proof in candidates:
+        if _exited(window, peer, at):
+            return Failure(at, "peer_exited", peer, (proof, rows.ref(i)))
+    return None
 
 
 def _breaking_segment(window: Window, who: Who, start: int, end: int) -> tuple[Rows, int, bool] | None:

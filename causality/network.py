@@ -23,12 +23,14 @@ __all__ = ["Flow", "Packet", "peer_of", "received_before", "resolve_network", "s
 
 _RX_TO_WAKE_NS: Final = 2_000_000  # receive softirq to wake-up, on one CPU, other packets of the batch in between
 _TX_TO_RX_NS: Final = 1_000_000_000  # a buffer may wait in a backlog or a queue discipline
+_FLAG_PUSH: Final = 8
 _FLAGS_ASKING: Final = 8 | 2  # PSH, SYN: not the acknowledgements that softirq sends while somebody else is current
 _SOCKET: Final = 1
 _AF_UNIX: Final = 1
 _NETWORK_CALLS: Final = frozenset({42, 43, 44, 45, 46, 47, 288, 299, 307})  # connect, accept, send and receive family
 _MULTIPLEXERS: Final = frozenset({7, 23, 232, 270, 271, 281, 441})  # poll, select, epoll_wait and their kin
 _UDP: Final = 17
+_NET_RX: Final = 3  # the softirq that receives
 _TX_KINDS: Final = ("net_dev_queue", "net_dev_start_xmit")
 
 
@@ -66,11 +68,21 @@ def _packet(rows: Rows, i: int) -> Packet:
 
 
 def received_before(window: Window, cpu: int, time_mono_ns: int) -> Packet | None:
-    """The last TCP or UDP packet that `cpu` received just before a time."""
+    """The TCP or UDP packet whose reception on `cpu` was going on at a time; of several the one for the socket that was made
+    readable last."""
     rows = window.rows("netif_receive_skb")
     near = rows.between(time_mono_ns - _RX_TO_WAKE_NS, time_mono_ns)
     found = np.flatnonzero((near.columns["cpu"] == cpu) & (near.get("sport") != 0))
-    return _packet(near, int(found[-1])) if len(found) else None
+    found = found[[_receive_end(window, cpu, int(near.time[i])) >= time_mono_ns for i in found]] if len(found) else found
+    if not len(found):
+        return None
+    ready = window.rows("sk_data_ready").between(int(near.time[found[0]]), time_mono_ns)
+    here = np.flatnonzero((ready.columns["cpu"] == cpu) & (ready.get("sport") != 0))
+    if len(here):
+        ports = int(ready.get("dport")[here[-1]]), int(ready.get("sport")[here[-1]])
+        mine = found[(near.get("sport")[found] == ports[0]) & (near.get("dport")[found] == ports[1])]
+        found = mine if len(mine) else found
+    return _packet(near, int(found[-1]))
 
 
 def sender_of(window: Window, packet: Packet) -> Packet | None:
@@ -104,12 +116,24 @@ def peer_of(window: Window, sent: Packet) -> tuple[Who, EventRef] | None:
     if not len(found):
         return None
     arrived, cpu = int(rows.time[int(found[0])]), int(rows.columns["cpu"][int(found[0])])
-    woken = window.rows("sched_waking").between(arrived, arrived + _RX_TO_WAKE_NS)
+    woken = window.rows("sched_waking").between(arrived, min(arrived + _RX_TO_WAKE_NS, _receive_end(window, cpu, arrived)))
     hits = np.flatnonzero((woken.columns["cpu"] == cpu) & (woken.get("kthread") == 0) & (woken.get("tid") != sent.who.tid))
     if not len(hits):
         return _reader_of(window, sent, arrived, cpu)
     i = int(hits[0])
     return Who(int(woken.get("tid")[i]), int(woken.get("tgid")[i])), woken.ref(i)
+
+
+def _receive_end(window: Window, cpu: int, arrived_mono_ns: int) -> int:
+    """When the softirq that received a packet was over: what the CPU wakes after that has nothing to do with the packet."""
+    ends = []
+    for kind in ("softirq_exit", "sched_switch"):
+        rows = window.rows(kind).between(arrived_mono_ns, arrived_mono_ns + _RX_TO_WAKE_NS)
+        here = rows.columns["cpu"] == cpu
+        if kind == "softirq_exit":
+            here &= rows.get("vec") == _NET_RX
+        ends += rows.time[here][:1].tolist()
+    return min(ends, default=arrived_mono_ns + _RX_TO_WAKE_NS)
 
 
 def _reader_of(window: Window, sent: Packet, arrived_mono_ns: int, cpu: int) -> tuple[Who, EventRef] | None:
@@ -161,7 +185,8 @@ def resolve_network(window: Window, wait: Wait) -> list[Piece]:
     on_socket = _on_socket(window, wait)
     if on_socket is False or (wake is not None and not wake.in_irq):
         return []  # packets wake their readers from the receive softirq, tasks' wake-ups are followed by the engine
-    packet = received_before(window, wake.cpu, wake.time_mono_ns) if wake is not None else None
+    by_packet = wake is not None and not wake.by_timer
+    packet = received_before(window, wake.cpu, wake.time_mono_ns) if wake is not None and by_packet else None
     if packet is None or wake is None:
         return _unanswered(window, wait) if on_socket else []
     sender = sender_of(window, packet)
@@ -222,10 +247,20 @@ def _by_softirq(window: Window, wait: Wait, packet: Packet, losses: list[Piece],
     return _with_losses(losses, others, lo, hi)
 
 
+def _answered(window: Window, sent: Packet, before_mono_ns: int) -> bool:
+    """Did data come back on the connection since? Then the waiter does not stand there with an open question."""
+    for kind in (*_TX_KINDS, "netif_receive_skb"):
+        rows = window.rows(kind).between(sent.time_mono_ns, before_mono_ns)
+        back = (rows.get("sport") == sent.flow.dport) & (rows.get("dport") == sent.flow.sport)
+        if bool((back & ((rows.get("tcp_flags") & _FLAG_PUSH != 0) | (rows.get("protocol") == _UDP))).any()):
+            return True
+    return False
+
+
 def _unanswered(window: Window, wait: Wait) -> list[Piece]:
     """No packet ended the wait: whoever the waiter's last packet woke did not answer."""
     sent = sent_by(window, wait.who, wait.blocked_mono_ns)
-    if sent is None:
+    if sent is None or (wait.syscall in _MULTIPLEXERS and _answered(window, sent, wait.blocked_mono_ns)):
         return []
     lo, hi = wait.start_mono_ns, wait.end_mono_ns
     losses = _losses(window, sent.flow, lo, hi)

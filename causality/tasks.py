@@ -93,7 +93,7 @@ class TaskTable:
             start = int(facts.get("start_boot_ns", 0))
             other = start_boot_ns and start and start != start_boot_ns
             if from_mono_ns <= t <= until_mono_ns and facts.get("reason") == "snapshot" and not other:
-                found = facts
+                found = {**facts, "time_mono_ns": t}
         return found
 
     def children(self) -> Iterable[int]:

@@ -576,10 +576,10 @@ class Timeline:
         preempt = rows.get("preempt", "sched_switch") == 1
         blocks = out & ~preempt & ~np.isin(prev_state, _RUNNABLE_STATES)
         changes = Changes(np.zeros(len(rows), np.int64), rows.time, roles, blocks)
-        return self._intervals(rows, roles, prev_state, changes, proven, until)
+        return self._intervals(key, rows, roles, prev_state, changes, proven, until)
 
     def _intervals(
-        self, rows: Rows, roles: npt.NDArray[Any], prev_state: npt.NDArray[Any], changes: Changes, proven: int | None,
+        self, key: Key, rows: Rows, roles: npt.NDArray[Any], prev_state: npt.NDArray[Any], changes: Changes, proven: int | None,
         until: int,
     ) -> _Stretch:
         states = derive(changes)
@@ -610,6 +610,11 @@ class Timeline:
                 if seen_until < end:
                     unseen, end = (seen_until, end), seen_until
             wake = self._wake(rows, wake_row) if wake_row >= 0 else None
+            tail: list[Interval] = []
+            if self._let_in_unseen(key, roles, changes.blocks, cause, state, start, end, is_open):
+                state, end, tail = RUNNABLE, *self._unseen_run(key, rows.id(cause), start, end)
+                is_open = is_open and not tail
+                wake = self._wake(rows, cause) if roles[cause] in (WAKING, WAKEUP, NEW) else None
             places: tuple[tuple[int, int], ...] = ()
             unplaced = False
             if state == RUNNABLE:
@@ -626,11 +631,34 @@ class Timeline:
             ]  # fmt: skip
             if unseen is not None:
                 made.append(Interval(*unseen, UNKNOWN, int(cpus[cause]), (rows.id(cause),)))
-            return made
+            return [m for m in (*made, *tail) if m.end_mono_ns > m.start_mono_ns]
 
         early = [i for i in self._prefix(rows, roles, target, proven, until) if i.start_mono_ns < until]
         early = [replace(i, end_mono_ns=min(i.end_mono_ns, until)) for i in early]
         return _Stretch(early, states.start_mono_ns[kept], make, until)
+
+    def _let_in_unseen(
+        self, key: Key, roles: npt.NDArray[Any], blocks: npt.NDArray[Any], cause: int, state: int, start: int, end: int,
+        is_open: bool,
+    ) -> bool:  # fmt: skip
+        """Was a runnable thread switched in without a record of it, though nothing is known to be lost? (A kernel may not run
+        our programs for a task that it hides, and such a task lets others in.) It leaves a CPU next, or is seen on one."""
+        if is_open:
+            return state == RUNNABLE and len(self.of_task(key[0], start + 1, end)) > 0
+        runnable = roles[cause] in (WAKING, WAKEUP, NEW) or (roles[cause] == OUT and not blocks[cause])
+        return state == UNKNOWN and bool(runnable) and self._next_role(roles, cause) == OUT
+
+    def _unseen_run(self, key: Key, evidence: str, start: int, end: int) -> tuple[int, list[Interval]]:
+        """(until when the thread stood in line, what follows): it cannot have been let in before the last switch of the CPU
+        that it is seen on or leaves, and it ran from the first event that shows it there."""
+        shown = self.of_task(key[0], start + 1, end + 1)
+        cpu, seen = int(shown["cpu"][0]), int(shown.time[0])
+        last = self._last_switch(cpu, seen)
+        since = max(start, int(last[0].time[last[0].switch_rows(cpu)[last[1]]])) if last is not None else start
+        return since, [
+            Interval(since, seen, UNKNOWN, cpu, (evidence,)),
+            Interval(seen, end, RUNNING, cpu, (shown.id(0),), inferred=True, role=IN),
+        ]
 
     @staticmethod
     def _next_role(roles: npt.NDArray[Any], row: int) -> int:
@@ -776,7 +804,10 @@ class Timeline:
         out = []
         for i, tid in enumerate(tids):
             a, b = max(times[i], start), min(times[i + 1], end)
-            if a >= b or left[i] not in (tid, -1):
+            if a >= b:
+                continue
+            if left[i] not in (tid, -1):
+                out += self._after_a_break(cpu, rows, i, following, a, b)
                 continue
             key = (tid, begun[i] if tid else 0)
             self._tgids.setdefault(key, tgids[i])
@@ -796,7 +827,9 @@ class Timeline:
         gaps = [x for x in self.losses(since, until) if x.hides_states and x.cpu in (None, cpu)]
         if not gaps:
             broken = k < len(following) and int(rows["a0"][i]) & 0xFFFFFFFF != int(following["tid"][k])
-            return [] if broken else [self._occupant(rows, i, begin, end, previous=False)]
+            if broken:
+                return self._after_a_break(cpu, rows, i, self._next_switch(cpu, end), begin, end)
+            return [self._occupant(rows, i, begin, end, previous=False)]
         first, last = min(x.start_mono_ns for x in gaps), max(x.end_mono_ns for x in gaps)
         out = []
         if begin < min(first, end):
@@ -804,6 +837,21 @@ class Timeline:
         if max(begin, last) < end and k < len(following):
             out.append(self._occupant(following, k, max(begin, last), end, previous=True))
         return out
+
+    def _after_a_break(self, cpu: int, rows: Rows, i: int, later: Rows, begin: int, end: int) -> list[Occupant]:
+        """Who had the CPU in [begin, end) after switch i let somebody in whom nobody saw leave: a switch is missing here, and
+        the one who left next had the CPU from the first event on that shows him there."""
+        following, k = (rows, i + 1) if i + 1 < len(rows) else (later, 0)
+        until = int(following.time[k])
+        seen = self._first_seen(int(following["tid"][k]), cpu, int(rows.time[i]), until)
+        seen = max(seen, begin)
+        return [self._occupant(following, k, seen, end, previous=True)] if seen < end else []
+
+    def _first_seen(self, tid: int, cpu: int, start: int, end: int) -> int:
+        """The first event after `start` with this thread as current on a CPU, or `end`."""
+        rows = self.of_task(tid, start + 1, end)
+        here = rows.where(rows["cpu"] == cpu) if len(rows) else rows
+        return int(here.time[0]) if len(here) else end
 
     def _next_switch(self, cpu: int, after: int) -> Rows:
         for s in self._segments:
@@ -935,12 +983,20 @@ class Timeline:
                 (after.id(0),),
             )  # fmt: skip
         snapshot = self._table.snapshots(*key, self.lo_mono_ns, self.hi_mono_ns)
-        if self._hides_calls(self.lo_mono_ns, time_mono_ns):
+        if self._hides_calls(self.lo_mono_ns, time_mono_ns) or (snapshot and self._ran_unwatched(key, snapshot, time_mono_ns)):
             return None
         if snapshot and snapshot.get("syscall_nr") is not None and int(snapshot["syscall_nr"]) >= 0:
             args = tuple(int(snapshot.get(f"syscall_arg{i}") or 0) for i in range(3))
             return Syscall(int(snapshot["syscall_nr"]), args, 0, 0, None, None, None, ())
         return None
+
+    def _ran_unwatched(self, key: Key, snapshot: Mapping[str, Any], time_mono_ns: int) -> bool:
+        """Has a thread whose calls are not recorded run since the snapshot? Then it may be in any other call by now."""
+        if snapshot.get("watched", True):
+            return False
+        rows = self._subject(key[0])
+        ran = (self._roles(key[0], rows) == IN) & (rows.time < time_mono_ns)
+        return bool((ran & (rows.time > int(snapshot.get("time_mono_ns") or 0))).any())
 
     def _born(self, key: Key) -> int:
         """When this life of a tid began, if that was seen: calls before are another's (the last one never returns)."""

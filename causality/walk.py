@@ -80,6 +80,10 @@ def weaker(a: str, b: str) -> str:
     return a if _RANK[a] >= _RANK[b] else b
 
 
+def _by_timer(frames: tuple[str, ...]) -> bool:
+    return any("timer" in name.lower() for name in frames)
+
+
 def wait_label(call: Syscall | None) -> str:
     """The ledger label of a wait by the system call the thread is in."""
     if call is None:
@@ -350,7 +354,8 @@ class Walk:
             w = interval.wake
             waker = self.timeline.task(*w.waker)
             cpu, seq = (int(part) for part in w.evidence[0].rsplit("/", 2)[1:])
-            wake = MechanismWake(w.time_mono_ns, cpu, seq, Who(w.waker[0], waker.tgid), waker.comm, bool(w.frames))
+            who = Who(w.waker[0], waker.tgid)
+            wake = MechanismWake(w.time_mono_ns, cpu, seq, who, waker.comm, bool(w.frames), _by_timer(w.frames))
         number = call.nr if call is not None else None
         who = Who(key[0], task.tgid)
         return MechanismWait(who, lo, hi, interval.start_mono_ns, interval.prev_state, wake, number)
@@ -418,14 +423,17 @@ class Walk:
             return [Root(lo, hi, "unknown", "unknown", evidence=evidence)]
         confidence = "exact" if wake.exact and not wake.frames else "strong" if wake.frames else "inferred"
         label = self._label_by_waker(label, follow, wake.time_mono_ns)
-        hop = Hop("wakes", key, follow, evidence, confidence)
+        edge, lock = "wakes", ""
+        if label == "wait.lock" and not self._signalled(follow, wake.time_mono_ns):  # a file lock: its holder lets it go
+            edge, lock = "holds_lock", f"file/{call.object if call is not None else 0:x}"
+        hop = Hop(edge, key, follow, evidence, confidence)
         until = min(hi, max(wake.time_mono_ns, lo))
         found: list[Root] = []
         if until > lo:
             found = yield self._explain(follow, lo, until, depth + 1)
-        roots = [self._through(r, hop, label) for r in found]
+        roots = [self._through(r, hop, label, lock) for r in found]
         if until < hi:
-            roots.append(Root(until, hi, label, "run", hops=(hop,), evidence=evidence))
+            roots.append(Root(until, hi, label, "run", hops=(hop,), evidence=evidence, lock=lock))
         return roots
 
     def _author(self, waker: Key, frames: tuple[str, ...], time: int, call: Syscall | None) -> Key | None:
@@ -443,7 +451,7 @@ class Walk:
             return waker
         if self.timeline.task(*waker).comm.startswith("ksoftirqd/"):
             return waker
-        if not hard and soft and not any("timer" in f.lower() for f in frames):
+        if not hard and soft and not _by_timer(frames):
             # Loopback: the softirq runs inside the sender's own send call.
             sending = self.timeline.syscall_at(waker, time)
             if sending is not None and wait_label(sending) == "wait.net":
@@ -474,7 +482,7 @@ class Walk:
     def _irq_root(
         self, call: Syscall | None, label: str, frames: tuple[str, ...], lo: int, hi: int, evidence: tuple[str, ...]
     ) -> Root:
-        timer = any("timer" in f.lower() for f in frames)
+        timer = _by_timer(frames)
         name = NAMES.get(call.nr, "") if call is not None else ""
         if name in _SLEEPS or (timer and label in ("wait.other", "wait.signal", "wait.timer")):
             confidence = "exact" if timer else "inferred"

@@ -42,6 +42,7 @@ class Wake:
     waker: Who
     waker_comm: str = ""
     in_irq: bool = False
+    by_timer: bool = False  # among those interrupts there is a timer's
 
     @property
     def ref(self) -> EventRef:

@@ -19,6 +19,8 @@ from benchmarks.accuracy import (  # noqa: F401  the scenarios register themselv
     scenarios_locks,
     scenarios_memory,
     scenarios_network,
+    scenarios_postgres,
+    scenarios_waits,
 )
 from benchmarks.accuracy.judge import play
 from benchmarks.accuracy.lab import Lab, outweigh_neighbours

@@ -233,9 +233,8 @@ class Lab:
         built = self.path / "bin" / "actor"
         if not built.exists():
             built.parent.mkdir(exist_ok=True)
-            subprocess.run(
-                ["gcc", "-O2", "-Wall", "-pthread", "-o", str(built), str(_HERE / "victims/actor.c")], check=True, timeout=60
-            )
+            sources = [str(_HERE / "victims" / name) for name in ("actor.c", "primitives.c")]
+            subprocess.run(["gcc", "-O2", "-Wall", "-pthread", "-o", str(built), *sources], check=True, timeout=60)
         named = built.with_name(name)
         if not named.exists():
             shutil.copy(built, named)

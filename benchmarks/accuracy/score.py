@@ -111,8 +111,8 @@ def _culprit_ok(task: dict[str, Any] | None, judged: Judged) -> bool:
     wanted = judged.truth.culprits
     if not wanted:
         return task is None
-    if -1 in wanted:  # a child, whose pid only the kernel knows
-        return task is not None and judged.operation.tid not in _ids(task) and task["class"] in {"same_cgroup", "own_process"}
+    if -1 in wanted:  # a child or a new thread, whose id only the kernel knows
+        return task is not None and judged.operation.tid != task["tid"] and task["class"] in {"same_cgroup", "own_process"}
     return bool(_ids(task) & wanted)
 
 

@@ -98,3 +98,30 @@ def test_who_stopped_it_is_who_sent_the_stop():
     window = trace(signal(100, OTHER, 18), signal(200, PEER, 19), signal(900, OTHER, 19))
     assert stopper_of(window, PAY, 300)[0] == PEER
     assert stopper_of(window, PAY, 150) is None
+
+
+def test_a_process_that_ends_itself_for_a_signal_it_caught_was_ended_by_the_sender():
+    window = trace(
+        (500, "signal_generate", OTHER, {"sig": 15, "tid": PAY.tid, "tgid": PAY.tgid, "group": 1}),
+        (900, "sched_process_exit", PAY, {"exit_code": 256, "group_dead": 1}),
+    )
+    failure = failure_of(window, PAY, 100, 1000)
+    assert (failure.kind, failure.culprit, failure.confidence) == ("killed_signal", OTHER, "strong")
+
+
+def test_a_process_that_ends_itself_long_after_a_signal_or_with_success_was_not():
+    told = (500, "signal_generate", OTHER, {"sig": 15, "tid": PAY.tid, "tgid": PAY.tgid, "group": 1})
+    for exit_code, start in ((0, 100), (256, 600)):
+        window = trace(told, (900, "sched_process_exit", PAY, {"exit_code": exit_code, "group_dead": 1}))
+        assert failure_of(window, PAY, start, 1000) is None
+
+
+def test_the_end_of_a_unix_stream_is_the_exit_of_whoever_closed_it():
+    ready = {"sk": 77, "family": 1}
+    window = trace(
+        (200, "sys_enter", PAY, {"nr": 45, "object_type": 1, "object": 77}), (300, "sk_data_ready", OTHER, ready),
+        (700, "sched_process_exit", OTHER, {"exit_code": 256, "group_dead": 1}),
+        (800, "sys_exit", PAY, {"nr": 45, "ret": 0, "arg1": 100}),
+    )  # fmt: skip
+    failure = failure_of(window, PAY, 100, 1000)
+    assert (failure.kind, failure.culprit) == ("peer_exited", OTHER)

@@ -1,7 +1,7 @@
 """Network waits: who sent what ended the wait, what was lost, who never answered."""
 
 from causality.network import resolve_network
-from causality.window import Follow, Who
+from causality.window import Follow, Wake, Who
 from tests.causality.mechanism_trace import blocked, trace, woken
 
 PAY, PEER = Who(10, 10), Who(20, 20)
@@ -101,3 +101,43 @@ def test_a_unix_socket_is_not_the_networks():
     ready = (950, "sk_data_ready", PEER, {"sk": 77, "family": 1})
     window = trace(sent(700, PAY, 4, 100, ASK), call(900), ready)
     assert resolve_network(window, wait(8200)) == []
+
+
+def test_what_the_cpu_wakes_after_the_receive_softirq_is_not_the_peer():
+    window = trace(
+        sent(800, PAY, 4, 100, ASK), received(810, PAY, 4, 100, ASK), (815, "softirq_exit", PAY, {"vec": 3}),
+        (900, "sys_enter", PAY, {"nr": RECV, "object_type": 1, "object": 77}),
+        (950, "sched_waking", PAY, {"tid": 30, "tgid": 30}),
+    )  # fmt: skip
+    assert said(resolve_network(window, wait(9_000_000, wake_cpu=0))) == [(1000, 9_000_000, ("net_peer", None))]
+
+
+def test_a_wait_that_a_timer_ended_owes_nothing_to_a_packet_that_came_by_just_before():
+    """A server sleeps with a timeout (epoll) in the middle of a request; the packet is somebody else's."""
+    other = {**ANSWER, "sport": 9092, "dport": 50000}
+    window = trace(
+        received(500, PEER, 9, 40, ANSWER), sent(400, PAY, 8, 10, ASK), call(900, nr=232, object_type=0),
+        sent(7000, Who(30, 30), 5, 300, other, 1), received(7100, Who(30, 30), 5, 300, other, 1),
+    )  # fmt: skip
+    by_timer = Wake(8200, 1, 999, PEER, "", in_irq=True, by_timer=True)
+    assert resolve_network(window, blocked(PAY, 1000, 8200, by_timer, syscall=232)) == []
+
+
+def test_a_timed_wait_on_many_sockets_with_an_open_question_is_for_whoever_was_asked():
+    window = trace(
+        sent(800, PAY, 4, 100, ASK), received(810, PAY, 4, 100, ASK),
+        (820, "sched_waking", PAY, {"tid": PEER.tid, "tgid": PEER.tgid}), call(900, nr=7, object_type=0),
+    )  # fmt: skip
+    by_timer = Wake(9_000_000, 0, 999, PEER, "", in_irq=True, by_timer=True)
+    got = resolve_network(window, blocked(PAY, 1000, 9_000_000, by_timer, syscall=7))
+    assert said(got) == [(1000, 9_000_000, ("follow", PEER))]
+
+
+def test_of_several_packets_in_one_softirq_the_one_for_the_socket_that_became_readable_counts():
+    late = {**ANSWER, "sport": 81}
+    window = trace(
+        call(900), sent(7000, PEER, 5, 300, ANSWER, 1), sent(7500, Who(30, 30), 6, 900, late, 1),
+        received(8100, PEER, 5, 300, ANSWER, 1), received(8110, Who(30, 30), 6, 900, late, 1),
+        (8150, "sk_data_ready", PEER, {"sk": 77, "sport": 40000, "dport": 80}, 1),
+    )  # fmt: skip
+    assert said(resolve_network(window, wait(8200)))[0] == (1000, 7000, ("follow", PEER))

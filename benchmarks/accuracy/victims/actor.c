@@ -34,7 +34,7 @@
 #define STEPS 256
 #define CHUNK (1u << 20)
 
-static int fds[SLOTS];
+int fds[SLOTS];
 static char *regions[SLOTS];
 static size_t region_bytes[SLOTS];
 static pthread_mutex_t mutexes[SLOTS];
@@ -43,6 +43,9 @@ static pthread_mutex_t cond_mutexes[SLOTS];
 static pthread_cond_t conds[SLOTS];
 static int cond_flags[SLOTS];
 static double loops_per_us;
+
+int do_primitives(char **w, int n); /* primitives.c: more steps */
+void prepare_primitives(void);
 
 struct op {
 	int open;
@@ -185,19 +188,22 @@ static int inet_open(const char *verb, int slot, int port, const char *ip)
 	return connect(s, (struct sockaddr *)&a, sizeof a);
 }
 
+int work(const char *what, long us)
+{
+	if (!strcmp(what, "cpu"))
+		return spin((uint64_t)(us * loops_per_us)) == 0;
+	nap(us);
+	return 0;
+}
+
 static int child(const char *what, long us)
 {
 	int status;
 	pid_t pid = fork();
 	if (pid < 0)
 		return -1;
-	if (pid == 0) {
-		if (!strcmp(what, "cpu"))
-			spin((uint64_t)(us * loops_per_us));
-		else
-			nap(us);
-		_exit(0);
-	}
+	if (pid == 0)
+		_exit(work(what, us));
 	return waitpid(pid, &status, 0) < 0 ? -1 : 0;
 }
 
@@ -364,8 +370,8 @@ static int do_basic(char **w, int n)
 
 static int step(char **w, int n)
 {
-	static int (*const tables[])(char **, int) = {do_basic, do_files, do_network, do_memory};
-	for (int i = 0; i < 4; i++) {
+	static int (*const tables[])(char **, int) = {do_basic, do_files, do_network, do_memory, do_primitives};
+	for (int i = 0; i < 5; i++) {
 		errno = 0;
 		int bad = tables[i](w, n);
 		if (!bad || errno != ENOSYS)
@@ -470,7 +476,17 @@ static void *serve(void *arg)
 int main(int argc, char **argv)
 {
 	pthread_t thread;
+	sigset_t awaited; /* for `sigwait`: in all threads, and in none of the programs they start */
+	if (argc == 4 && !strcmp(argv[1], "--work")) {
+		calibrate();
+		return work(argv[2], atol(argv[3]));
+	}
+	sigemptyset(&awaited);
+	sigaddset(&awaited, SIGUSR1);
+	sigaddset(&awaited, SIGUSR2);
+	pthread_sigmask(SIG_BLOCK, &awaited, NULL);
 	signal(SIGPIPE, SIG_IGN);
+	prepare_primitives();
 	for (int i = 0; i < SLOTS; i++) {
 		pthread_mutex_init(&mutexes[i], NULL);
 		pthread_rwlock_init(&rwlocks[i], NULL);

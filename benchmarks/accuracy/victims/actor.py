@@ -1,11 +1,17 @@
 """The Python victim: threads that share one interpreter, driven like `actor.c` (a subset of its steps).
 
 usage: actor.py NAME FD...     one thread a file descriptor; NAME becomes the process name
+
+Steps beside those of `actor.c`: `run SECONDS` (a subprocess that sleeps), `put N`, `get N` (queue.Queue), and for PostgreSQL,
+by its wire protocol without a driver: `pgconnect SLOT HOST PORT` (HOST a directory: UNIX socket), `pgquery SLOT SQL`.
 """
 
 import ctypes
 import os
+import queue
 import socket
+import struct
+import subprocess
 import sys
 import threading
 import time
@@ -15,6 +21,7 @@ _LOCKS = [threading.Lock() for _ in range(64)]
 _SOCKETS: dict[int, socket.socket] = {}
 _FILES: dict[int, int] = {}
 _CONDITIONS = [threading.Semaphore(0) for _ in range(64)]
+_QUEUES: list[queue.Queue] = [queue.Queue() for _ in range(64)]
 
 
 def _burn(us):
@@ -49,6 +56,48 @@ def _connect(slot, port):
     _SOCKETS[slot] = socket.create_connection(("127.0.0.1", port))
 
 
+def _pg_message(kind, body):
+    return kind + struct.pack("!I", len(body) + 4) + body
+
+
+def _pg_exactly(sock, size):
+    data = b""
+    while len(data) < size:
+        more = sock.recv(size - len(data))
+        if not more:
+            raise ConnectionResetError(104, "the server closed the connection")
+        data += more
+    return data
+
+
+def _pg_until_ready(sock):
+    """Reads to ReadyForQuery. An error of the statement is raised then; after a fatal one the server closes."""
+    error = None
+    while True:
+        kind, size = struct.unpack("!cI", _pg_exactly(sock, 5))
+        body = _pg_exactly(sock, size - 4)
+        if kind == b"E":
+            error = OSError(125, body.decode(errors="replace"))
+        elif kind == b"Z":
+            if error is not None:
+                raise error
+            return
+
+
+def _pg_connect(slot, host, port):
+    s = socket.socket(socket.AF_UNIX if host.startswith("/") else socket.AF_INET)
+    s.connect(f"{host}/.s.PGSQL.{port}" if host.startswith("/") else (host, int(port)))
+    _SOCKETS[slot] = s
+    hello = b"user\0postgres\0database\0postgres\0\0"
+    s.sendall(struct.pack("!II", len(hello) + 8, 196608) + hello)
+    _pg_until_ready(s)
+
+
+def _pg_query(slot, sql):
+    _SOCKETS[slot].sendall(_pg_message(b"Q", sql.encode() + b"\0"))
+    _pg_until_ready(_SOCKETS[slot])
+
+
 _STEPS = {
     "cpu": lambda w: _burn(int(w[1])),
     "sleep": lambda w: time.sleep(int(w[1]) / 1e6),
@@ -64,6 +113,11 @@ _STEPS = {
     "open": lambda w: _FILES.__setitem__(int(w[1]), os.open(w[2], os.O_CREAT | os.O_RDWR, 0o600)),
     "write": lambda w: os.write(_FILES[int(w[1])], b"k" * int(w[2])),
     "fsync": lambda w: os.fsync(_FILES[int(w[1])]),
+    "run": lambda w: subprocess.run(["sleep", w[1]], check=True),
+    "put": lambda w: _QUEUES[int(w[1])].put(1),
+    "get": lambda w: _QUEUES[int(w[1])].get(),
+    "pgconnect": lambda w: _pg_connect(int(w[1]), w[2], w[3]),
+    "pgquery": lambda w: _pg_query(int(w[1]), " ".join(w[2:])),
 }
 
 

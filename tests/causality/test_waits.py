@@ -1,0 +1,94 @@
+"""Whole verdicts on small traces: who a wait is blamed on, and what a switch that is missing does to it."""
+
+from causality.window import Who
+from tests.causality.node_trace import switch, task, verdict, waking
+
+PAY, PEER, HOG, HIDDEN, IDLE = Who(10, 10), Who(20, 20), Who(30, 30), Who(40, 40), Who(0, 0)
+TASKS = [task(PAY, "payments"), task(PEER, "accounts"), task(HOG, "reindex")]
+MS = 1_000_000
+
+
+def causes(document):
+    return [(c["kind"], c["culprit"] and c["culprit"]["comm"]) for c in document["causes"]]
+
+
+def called(time, cpu, who, nr, **more):
+    return (time, "sys_enter", who, {"nr": nr, **more}, cpu)
+
+
+def asked_and_answered(*between):
+    """PAY sleeps from 2 ms on in a read and is woken by PEER at 90 ms."""
+    read = {"object_type": 2, "object": 5}
+    return [
+        called(1 * MS, 0, PAY, 0, **read), switch(2 * MS, 0, PAY, IDLE), *between,
+        waking(90 * MS, 1, PEER, PAY, target=0), switch(90 * MS + 5, 0, IDLE, PAY, state=0),
+        switch(95 * MS, 1, PEER, IDLE),
+    ]  # fmt: skip
+
+
+def test_a_thread_whose_switch_in_is_missing_stood_in_line_until_its_cpu_changed_hands():
+    """PEER is preempted by HOG; HOG gives way to a task whose switches the kernel hides, which let PEER in unseen."""
+    events = asked_and_answered(
+        switch(3 * MS, 1, PEER, HOG, state=0, preempt=1), switch(80 * MS, 1, HOG, HIDDEN),
+        called(81 * MS, 1, PEER, 1, object_type=2),
+    )  # fmt: skip
+    document = verdict(events, TASKS, PAY, 1 * MS, 91 * MS)
+    assert causes(document)[0] == ("cpu_preempted", "reindex")
+    assert 76 * MS <= document["causes"][0]["ns"] <= 78 * MS
+    waited = [((s["culprit"] or {}).get("comm"), s["ns"]) for s in document["ledger"] if s["label"] == "wait.pipe"]
+    # In between nobody can be named; then from the first event that shows it on its CPU, not a ns before.
+    assert waited[1:] == [("reindex", 77 * MS), (None, 1 * MS), ("accounts", 9 * MS)]
+
+
+def test_the_same_holds_if_the_operation_ends_before_the_thread_leaves_its_cpu():
+    events = asked_and_answered(
+        switch(3 * MS, 1, PEER, HOG, state=0, preempt=1), switch(80 * MS, 1, HOG, HIDDEN),
+    )  # fmt: skip
+    document = verdict(events, TASKS, PAY, 1 * MS, 91 * MS)
+    assert [c[:2] for c in causes(document)[:2]] == [("cpu_preempted", "reindex"), ("unknown", None)]
+    assert document["causes"][0]["ns"] == 77 * MS
+
+
+def test_the_occupant_that_was_let_in_unseen_has_the_cpu_from_the_first_event_that_shows_it():
+    """PAY is runnable on CPU 0 while HIDDEN, then HOG (whose switch-in is missing) have it."""
+    events = [
+        switch(2 * MS, 0, PAY, HIDDEN, state=0, preempt=1), called(3 * MS, 0, HOG, 39),
+        switch(80 * MS, 0, HOG, PAY, state=0, preempt=1),
+    ]  # fmt: skip
+    document = verdict(events, TASKS, PAY, 1 * MS, 90 * MS)
+    assert causes(document) == [("cpu_preempted", "reindex"), ("own_cpu", None), ("unknown", None)]
+    assert [c["ns"] for c in document["causes"]] == [77 * MS, 11 * MS, 1 * MS]
+
+
+def test_who_lets_a_file_lock_go_held_it():
+    for number in (73, 72):  # flock, fcntl
+        events = [
+            called(1 * MS, 0, PAY, number), called(1 * MS, 1, PEER, 230), switch(2 * MS, 0, PAY, IDLE),
+            switch(3 * MS, 1, PEER, IDLE),
+            waking(85 * MS, 1, IDLE, PEER), switch(86 * MS, 1, IDLE, PEER, state=0),
+            waking(90 * MS, 1, PEER, PAY, target=0), switch(91 * MS, 0, IDLE, PAY, state=0),
+        ]  # fmt: skip
+        document = verdict(events, TASKS, PAY, 1 * MS, 92 * MS)
+        assert causes(document)[0] == ("lock_holder", "accounts")
+        assert document["causes"][0]["chain"][0]["edge"] == "holds_lock"
+
+
+def test_a_signal_that_ends_the_wait_for_a_file_lock_makes_its_sender_no_holder():
+    events = [
+        called(1 * MS, 0, PAY, 73), switch(2 * MS, 0, PAY, IDLE),
+        (90 * MS - 10, "signal_generate", PEER, {"sig": 14, "tid": PAY.tid, "tgid": PAY.tgid}, 1),
+        waking(90 * MS, 1, PEER, PAY, target=0), switch(91 * MS, 0, IDLE, PAY, state=0),
+    ]  # fmt: skip
+    assert causes(verdict(events, TASKS, PAY, 1 * MS, 92 * MS))[0] == ("peer_slow", "accounts")
+
+
+def test_the_call_of_a_snapshot_says_nothing_of_a_thread_that_ran_since_unwatched():
+    """PEER sat in recvfrom when the recording began, ran, and then slept by a timer: its sleep is no wait for the network."""
+    snapshot = {"reason": "snapshot", "syscall_nr": 45, "watched": False, "state": "S"}
+    events = asked_and_answered(
+        waking(1 * MS + 5, 1, HOG, PEER), switch(1 * MS + 9, 1, HOG, PEER), switch(3 * MS, 1, PEER, IDLE),
+        (85 * MS - 5, "local_timer_entry", IDLE, {"vector": 236}, 1), waking(85 * MS, 1, IDLE, PEER),
+        (85 * MS + 5, "local_timer_exit", IDLE, {"vector": 236}, 1), switch(86 * MS, 1, IDLE, PEER, state=0),
+    )  # fmt: skip
+    document = verdict(events, [*TASKS, task(PEER, "accounts", **snapshot)], PAY, 1 * MS, 91 * MS)
+    assert causes(document)[0] == ("peer_slow", "accounts")
