@@ -107,6 +107,17 @@ def _begin(
     return agent, writer, child, stop
 
 
+def record_payload(output: Path, command: list[str]) -> int:
+    """Record a command with its payloads into a capture; returns its exit status. What kprobe has to say goes to stderr."""
+    from events.settings import load
+
+    agent, writer, child, stop = _begin(load(None), output, None, None, command, payload=True)
+    summary = agent.run(stop)
+    status: int = child.wait()
+    _tell(writer, summary, 0.0, quiet=True)
+    return status
+
+
 def _payload(child: Any) -> dict[str, Any]:
     """What the source is told for payloads: which calls, and what the command starts with."""
     from probe.payload import PlannedCall

@@ -22,14 +22,35 @@ def _replay() -> None:
 def record(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="A new folder for the recording.")],
     command: Annotated[list[str], typer.Argument(metavar="-- CMD ARG...")],
+    passive: Annotated[
+        bool, typer.Option("--passive", help="With BPF, without touching the program; needs root. Level F2 at most.")
+    ] = False,
 ) -> None:
     """Record a program and all that it starts, so that it can run again.
 
     The program's input and output are passed through; its exit status is returned, 128 + N for signal N.
     """
+    if passive:
+        from cli.passive import record_passive
+
+        sys.exit(record_passive(command, output))
     from replay.recorder import record as run
 
     sys.exit(run(command, output))
+
+
+@app.command("import")
+def import_(
+    capture: Annotated[Path, typer.Argument(metavar="FILE.kcap", help="A capture made by `kprobe record --payload -- CMD`.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="A new folder for the recording.")],
+) -> None:
+    """Make a recording that can run again from a capture with payloads.
+
+    Exit status: 0; 3 when the recording cannot be replayed as a program, with the reasons on stderr.
+    """
+    from cli.passive import import_capture
+
+    sys.exit(import_capture(capture, output))
 
 
 @app.command()

@@ -118,9 +118,15 @@ class Snapshot:
 
 
 def initial_stack(row: Mapping[str, Any]) -> tuple[int, bytes]:
-    """(address, bytes) of the stack with which a program began."""
-    regions = Snapshot(row["data"]).regions
-    return regions[0] if regions else (0, b"")
+    """(address, bytes) of the stack with which a program began; pages that nobody had touched are zero."""
+    regions = [r for r in Snapshot(row["data"]).regions if r[1]]
+    if not regions:
+        raise InputError("the program's initial stack was not captured: record again")
+    top = regions[0][0]
+    stack = bytearray(regions[-1][0] + len(regions[-1][1]) - top)
+    for address, piece in regions:
+        stack[address - top : address - top + len(piece)] = piece
+    return top, bytes(stack)
 
 
 @dataclass(slots=True)
@@ -425,7 +431,9 @@ class _Importer:
                 self._refuse(f"{shape.name}: what it brings in by shared memory is not seen")
             return
         if nr == _MMAP:
-            self._mapped(thread, args, result)
+            pieces = self._mapped(thread, args, result)
+            entry = row["entry_mono_ns"] or row["time_mono_ns"]
+            self._add(Kind.CALL, thread, row["time_mono_ns"], entry, nr=nr, result=result, args=args, pieces=pieces)
             return
         if nr == _EXECVE and thread.entered is not None:  # failed: its path came with the entry
             row = row | {"data": thread.entered["data"]}
@@ -486,25 +494,28 @@ class _Importer:
         elif name == "chdir" and result == 0:
             self.notes.add("the working directory was changed: files opened by relative names are found from the first one")
 
-    def _mapped(self, thread: _Thread, args: tuple[int, ...], result: int) -> None:
+    def _mapped(self, thread: _Thread, args: tuple[int, ...], result: int) -> list[bytes]:
         """The content behind a file mapping, by hash: the probe cannot see what is read through it."""
         if 0 > result > -4096 or args[3] & _MAP_ANONYMOUS or args[4] & 1 << 31:
-            return
+            return []
         fd = args[4] & 0xFFFFFFFF
         label = thread.table.label(fd)
+        if label == "/dev/zero":
+            return [b"zero"]
         if args[3] & 0xF in (1, 3) and args[2] & _PROT_WRITE:
             self._refuse(f"mmap of {label or fd}, shared and writable: memory that others may change is not seen")
-            return
+            return []
         file = self.opens.get(fd)
         if file is None:
             self._refuse(f"mmap of {label or fd}: its bytes are not captured, and it is no file that can be read now")
-            return
-        if label in self.files:
-            return
-        own = self._unchanged(file.path, "mmap of")
-        if own >= 0:
+            return []
+        if label not in self.files:
+            own = self._unchanged(file.path, "mmap of")
+            if own < 0:
+                return []
             with os.fdopen(own, "rb") as source:
                 self.files[label] = self.blobs.add_fd(source.fileno())
+        return [self.files[label].encode()]
 
     def _spawn(self, thread: _Thread, row: dict[str, Any], args: tuple[int, ...], tid: int) -> None:
         nr = int(row["nr"])

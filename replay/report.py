@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
+from replay.log import load_meta
 from replay.player import Player, Result
 
 __all__ = ["document", "run"]
@@ -36,6 +37,10 @@ def _sentence(result: Result) -> str:
 
 def run(recording: Path, *, scale: float, as_json: bool) -> int:
     """Replay and show; returns the exit status."""
+    if load_meta(recording).get("recorder") == "passive":
+        from replay.passive_report import run as run_passive
+
+        return run_passive(recording, as_json=as_json, program=None, rules=None)
     player = Player(recording, None if as_json else _pass_through, scale)
     result = player.run()
     if as_json:

@@ -28,6 +28,7 @@
 #define STRING_BYTES 4096
 #define VECTORS_MAX 64
 #define CONTROL_BYTES 4096
+#define IMAGE_PAGES 40
 
 #define CALL_TAKEN 1    /* flags of a planned call: it is recorded */
 #define CALL_AT_ENTRY 2 /* when it is entered */
@@ -204,6 +205,21 @@ static __always_inline u64 length_of(struct scratch *s, u32 kind, u32 param) {
   return 0;
 }
 
+/* Page by page: the kernel leaves a random gap between the strings and what points to them, and nobody touched that yet. */
+static __always_inline void append_pages(struct scratch *s, u64 from, u64 end) {
+#pragma clang loop unroll(disable)
+  for (u32 i = 0; i < IMAGE_PAGES; i++) {
+    u64 next = (from & ~4095ULL) + 4096;
+    if (from >= end)
+      break;
+    append(s, from, (next < end ? next : end) - from);
+    from = next;
+  }
+  if (from < end)
+    s->head.flags |= TRUNCATED;
+  s->head.flags &= ~UNREADABLE;
+}
+
 static __always_inline struct planned_call *planned(u64 nr) {
   return nr < PLAN_CALLS ? VALUE_OF(struct planned_call, MAP_PAYLOAD_PLAN) + (nr & (PLAN_CALLS - 1)) : 0;
 }
@@ -329,7 +345,7 @@ int payload_exit(u64 *ctx) {
     if (ret)
       return send(s); /* an execve that failed: its path came with the entry */
     s->head.kind = RECORD_IMAGE;
-    append(s, stack, READ(u64, mm, OFF_mm_struct_env_end) - stack);
+    append_pages(s, stack, READ(u64, mm, OFF_mm_struct_env_end));
     return send(s);
   }
   append_planned(s, call);
