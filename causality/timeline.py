@@ -21,7 +21,7 @@ The questions:
 Mechanism resolvers (`block`, `journal`, `memory`, `network`) are written against the smaller `causality.window`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -32,7 +32,7 @@ from causality.log import FORK, IN, MIGRATE, NEW, OUT, WAKEUP, WAKING, Segment
 from causality.states import BLOCKED, RUNNABLE, RUNNING, STATE_NAMES, UNKNOWN, Changes, causal_order, derive
 from causality.tasks import Task, TaskTable
 from events.kinds import BY_NAME, BY_NUMBER
-from events.records import FLAG_HARDIRQ, FLAG_SOFTIRQ, UNKNOWN_TID
+from events.records import FLAG_HARDIRQ, FLAG_SOFTIRQ, LOSS_HIDDEN, UNKNOWN_TID
 
 __all__ = [
     "BLOCKED", "RUNNABLE", "RUNNING", "UNKNOWN", "Interval", "IrqFrame", "Key", "Loss", "Occupant", "Rows", "Syscall",
@@ -67,6 +67,11 @@ class Loss:
     def hides_states(self) -> bool:
         """Could scheduler events be among the missing?"""
         return self.family in ("", "sched")
+
+    @property
+    def hidden(self) -> bool:
+        """Only acts of tasks that this kernel hides are missing, and the switch away from one of them: nobody else's."""
+        return self.reason == LOSS_HIDDEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +306,10 @@ class Timeline:
         self.proven_mono_ns = None if proven_mono_ns is None else max(proven_mono_ns, lo_mono_ns)
         self._table = tasks
         self._segments = [s for s in segments if len(s) and s.last_mono_ns >= lo_mono_ns and s.first_mono_ns <= hi_mono_ns]
-        self._all_losses = [x for x in losses if x.end_mono_ns > lo_mono_ns and x.start_mono_ns <= hi_mono_ns]
+        touching = [x for x in losses if x.end_mono_ns > lo_mono_ns and x.start_mono_ns <= hi_mono_ns]
+        self._all_losses = [x for x in touching if not x.hidden]
+        # Up to the event that shows it: later ones are not in the view, and need not have arrived.
+        self._hidden = [x for x in touching if x.hidden and x.end_mono_ns <= hi_mono_ns]
         self._states: dict[Key, list[_Stretch]] = {}
         self._tasks: dict[Key, Task] = {}
         self._tgids: dict[Key, int] = {}
@@ -381,8 +389,17 @@ class Timeline:
         return self._cpus
 
     def losses(self, start_mono_ns: int, end_mono_ns: int) -> list[Loss]:
-        """Losses that touch [start, end)."""
+        """Losses that touch [start, end), without what the kernel hides."""
         return [x for x in self._all_losses if x.end_mono_ns > start_mono_ns and x.start_mono_ns < end_mono_ns]
+
+    def hidden(self, start_mono_ns: int, end_mono_ns: int) -> list[Loss]:
+        """Where a switch away from a hidden task lies, of those that touch [start, end)."""
+        return [x for x in self._hidden if x.end_mono_ns > start_mono_ns and x.start_mono_ns < end_mono_ns]
+
+    def switch_gaps(self, start_mono_ns: int, end_mono_ns: int, cpu: int | None = None) -> list[Loss]:
+        """Where switches are missing, of `cpu` or of any."""
+        found = [*self.losses(start_mono_ns, end_mono_ns), *self.hidden(start_mono_ns, end_mono_ns)]
+        return [x for x in found if x.hides_states and (cpu is None or x.cpu in (None, cpu))]
 
     # --- tasks
 
@@ -531,7 +548,8 @@ class Timeline:
             rows = rows.where((starts == key[1]) | (starts == 0))
         if not len(rows):
             return [_stretch_of(self._without_changes(key), _FOR_EVER_NS)]
-        gaps = self._gaps(rows, self._roles(key[0], rows))
+        roles = self._roles(key[0], rows)
+        gaps = self._gaps(rows, roles, self._touched(rows, roles))
         out: list[_Stretch] = []
         begin, first = self.proven_mono_ns, self.lo_mono_ns
         for start, end in [*gaps, (self.hi_mono_ns, self.hi_mono_ns)]:
@@ -544,10 +562,43 @@ class Timeline:
             begin = first = end
         return out
 
-    def _gaps(self, rows: Rows, roles: npt.NDArray[Any]) -> list[tuple[int, int]]:
+    def _touched(self, rows: Rows, roles: npt.NDArray[Any]) -> list[Loss]:
+        """The windows of hidden switches in which something of this thread is missing, as its neighbouring events do not fit:
+        it left the CPU without having come, or came without having been woken. Otherwise nothing can be missing."""
+        if not self._hidden:
+            return []
+        defining = np.flatnonzero(np.isin(roles, (IN, OUT, FORK)))
+        changing = np.flatnonzero(roles != MIGRATE)
+        asleep = self._blocks(rows, roles)
+        found = []
+        for loss in self._hidden:
+            past = int(np.searchsorted(rows.time, loss.start_mono_ns, side="right"))
+            k, n = int(np.searchsorted(defining, past)) - 1, int(np.searchsorted(changing, past))
+            if k < 0:
+                continue
+            last = int(defining[k])
+            sleeps = bool(asleep[last]) and int(changing[n - 1]) == last
+            if n == len(changing):
+                fits = not sleeps  # nobody knows whether it was woken
+            else:
+                came = (sleeps or roles[last] == IN) and roles[changing[n]] == IN
+                left = roles[last] != IN and k + 1 < len(defining) and roles[defining[k + 1]] == OUT
+                fits = not (came or left)
+            if not fits:
+                found.append(loss)
+        return found
+
+    @staticmethod
+    def _blocks(rows: Rows, roles: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        """Rows by which the thread goes to sleep."""
+        preempt = rows.get("preempt", "sched_switch") == 1
+        out: npt.NDArray[np.bool_] = (roles == OUT) & ~preempt
+        return out & ~np.isin(rows.get("prev_state", "sched_switch"), _RUNNABLE_STATES)
+
+    def _gaps(self, rows: Rows, roles: npt.NDArray[Any], touched: Sequence[Loss] = ()) -> list[tuple[int, int]]:
         """The windows in which missing events could hide what the thread did: all losses, but for the time that the events of
         another CPU prove that it ran there."""
-        losses = [x for x in self._all_losses if x.hides_states and x.start_mono_ns < x.end_mono_ns]
+        losses = [x for x in (*self._all_losses, *touched) if x.hides_states and x.start_mono_ns < x.end_mono_ns]
         if not losses:
             return []
         defining = np.flatnonzero(np.isin(roles, (IN, OUT, FORK)))
@@ -571,11 +622,8 @@ class Timeline:
     def _derive_part(self, key: Key, rows: Rows, proven: int | None, until: int) -> _Stretch:
         """States from rows between which nothing is missing; what came before the first is proven from `proven` on."""
         roles = self._roles(key[0], rows)
-        out = roles == OUT
         prev_state = rows.get("prev_state", "sched_switch")
-        preempt = rows.get("preempt", "sched_switch") == 1
-        blocks = out & ~preempt & ~np.isin(prev_state, _RUNNABLE_STATES)
-        changes = Changes(np.zeros(len(rows), np.int64), rows.time, roles, blocks)
+        changes = Changes(np.zeros(len(rows), np.int64), rows.time, roles, self._blocks(rows, roles))
         return self._intervals(key, rows, roles, prev_state, changes, proven, until)
 
     def _intervals(
@@ -778,11 +826,10 @@ class Timeline:
         first = int(time[0])
         if first > start_mono_ns:
             begin = max(start_mono_ns, self.proven_mono_ns if self.proven_mono_ns is not None else first)
-            begin = max([begin, *(x.end_mono_ns for x in self.losses(begin, first) if x.hides_states and x.cpu in (None, cpu))])
+            begin = max([begin, *(x.end_mono_ns for x in self.switch_gaps(begin, first, cpu))])
             if begin < first and begin < end_mono_ns:
                 out.append(self._occupant(rows, 0, begin, min(first, end_mono_ns), previous=True))
-        gaps = any(x.hides_states and x.cpu in (None, cpu) for x in self.losses(first, self.hi_mono_ns + 1))
-        if not gaps:
+        if not self.switch_gaps(first, self.hi_mono_ns + 1, cpu):
             return out + self._occupants_in_a_row(cpu, rows, start_mono_ns, end_mono_ns)
         for i in range(len(rows)):
             begin = max(int(time[i]), start_mono_ns)
@@ -804,7 +851,7 @@ class Timeline:
         out = []
         for i, tid in enumerate(tids):
             a, b = max(times[i], start), min(times[i + 1], end)
-            if a >= b:
+            if a >= b or (left[i] == -1 and self._may_be_hidden(tid, times[i])):
                 continue
             if left[i] not in (tid, -1):
                 out += self._after_a_break(cpu, rows, i, following, a, b)
@@ -824,12 +871,13 @@ class Timeline:
         following = rows if i + 1 < len(rows) else self._next_switch(cpu, end)
         k = i + 1 if i + 1 < len(rows) else 0
         until = int(following.time[k]) if k < len(following) else self.hi_mono_ns + 1
-        gaps = [x for x in self.losses(since, until) if x.hides_states and x.cpu in (None, cpu)]
+        gaps = self.switch_gaps(since, until, cpu)
         if not gaps:
-            broken = k < len(following) and int(rows["a0"][i]) & 0xFFFFFFFF != int(following["tid"][k])
-            if broken:
+            let_in = int(rows["a0"][i]) & 0xFFFFFFFF
+            if k < len(following) and let_in != int(following["tid"][k]):
                 return self._after_a_break(cpu, rows, i, self._next_switch(cpu, end), begin, end)
-            return [self._occupant(rows, i, begin, end, previous=False)]
+            hidden = k >= len(following) and self._may_be_hidden(let_in, since)
+            return [] if hidden else [self._occupant(rows, i, begin, end, previous=False)]
         first, last = min(x.start_mono_ns for x in gaps), max(x.end_mono_ns for x in gaps)
         out = []
         if begin < min(first, end):
@@ -852,6 +900,14 @@ class Timeline:
         rows = self.of_task(tid, start + 1, end)
         here = rows.where(rows["cpu"] == cpu) if len(rows) else rows
         return int(here.time[0]) if len(here) else end
+
+    def _may_be_hidden(self, tid: int, since: int) -> bool:
+        """Could a thread that was let in have left the CPU without an event? If the snapshot has other threads but not it, and
+        no event is its own, it may be one that the kernel hides; only a later event of its CPU can tell."""
+        snapshot = self.proven_mono_ns is not None and any(self._table.children())
+        if not tid or not snapshot or self._table.lives(tid, self.hi_mono_ns):
+            return False
+        return not len(self.of_task(tid, since, self.hi_mono_ns + 1))
 
     def _next_switch(self, cpu: int, after: int) -> Rows:
         for s in self._segments:

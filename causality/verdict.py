@@ -234,7 +234,10 @@ def _woken_by(timeline: Timeline, victim: Key, start: int, end: int) -> list[tup
 
 
 def _completeness(timeline: Timeline, walk: Walk, roots: Sequence[Root], start: int, end: int, retained: bool) -> Json:
-    lost = sum(x.count for x in timeline.losses(start, end))
+    # What a kernel hides from everybody counts where something hangs on it.
+    doubtful = [(r.start_mono_ns, r.end_mono_ns) for r in roots if r.label in ("unknown", "lost")]
+    hidden = (x for x in timeline.hidden(start, end) if any(x.start_mono_ns < b and a < x.end_mono_ns for a, b in doubtful))
+    lost = sum(x.count for x in (*timeline.losses(start, end), *hidden))
     unknown_ns = sum(r.ns for r in roots if r.label == "unknown")
     unresolved = sum(r.ns for r in roots if r.kind == "unknown" and r.label != "lost")
     lost_ns = sum(r.ns for r in roots if r.label == "lost")

@@ -238,8 +238,8 @@ class Walk:
     def _after_gap(self, interval: Interval) -> bool:
         """Does the interval begin where events are missing, so that what set it off may be among them?"""
         begin = interval.start_mono_ns
-        near = self.timeline.losses(begin - 1, begin + 1) if interval.inferred else []
-        return any(x.hides_states and x.end_mono_ns == begin for x in near)
+        near = self.timeline.switch_gaps(begin - 1, begin + 1) if interval.inferred else []
+        return any(x.end_mono_ns == begin for x in near)
 
     def _throttle_end(self, key: Key, interval: Interval) -> int:
         """When the quota was refilled: the end of the group's period timer that first follows, else the switch-in."""

@@ -88,8 +88,9 @@ def _losses(document: dict[str, Any]) -> list[str]:
     ]
     if not document["losses"]:
         return [*lines, "lost events: 0"]
+    hidden = document["hidden_switches"]
     lines += [
-        f"lost events: {document['lost_events']}",
+        f"lost events: {document['lost_events']}" + (f"; switches of tasks that the kernel hides: {hidden}" if hidden else ""),
         f"  {'cpu':>4}  {'reason':<12} {'count':>10}  from .. to (monotonic ns)",
     ]
     for row in document["losses"]:

@@ -49,6 +49,8 @@ def probe(
     with ExitStack() as stack:
         agent = _begin(stack, settings, watch or settings.probe.watch, capture)
         summary = agent.run(_until(agent, duration))
+    for note in summary.notes:
+        print(f"kprobe: {note}", file=sys.stderr)
     for reason in summary.incomplete:
         print(f"kprobe: evidence is incomplete: {reason}", file=sys.stderr)
     kept = next((o.account.pending for o in agent.outputs if o.account.hop == "kafka"), 0)

@@ -169,5 +169,7 @@ def _tell(writer: Any, summary: Any, seconds: float, quiet: bool) -> None:
     if not quiet:
         size = f"{writer.size_bytes / 1e6:.1f} MB"
         print(f"kprobe: {writer.path}: {summary.events} events in {seconds:.1f} s, {size}", file=sys.stderr)
+    for note in summary.notes:
+        print(f"kprobe: {note}", file=sys.stderr)
     for reason in summary.incomplete:
         print(f"kprobe: evidence is incomplete: {reason}", file=sys.stderr)

@@ -86,11 +86,12 @@ _SK = "sk:0 saddr:1.0:32 daddr:1.32:32 sport:2.0:16 dport:2.16:16 family:2.32:16
 
 # number, name, family, fields ("name:arg[.shift:bits[s]]")
 _TABLE: Final = (
-    # --- sched: the last family to be shed; everything else hangs on it
+    # --- sched: the last family to be shed; everything else hangs on it. not_run: switches of this CPU, since the one before
+    #     in the record, for which the kernel did not run the probe's program
     (1, "sched_switch", "sched", "next_tid:0.0:32 next_tgid:0.32:32 next_start_boot_ns:1 "
         "prev_state:2.0:16 prev_prio:2.16:8 next_prio:2.24:8 prev_policy:2.32:4 next_policy:2.36:4 preempt:2.40:1 "
         "prev_throttled:2.41:1 prev_iowait:2.42:1 prev_kthread:2.43:1 next_kthread:2.44:1 next_throttled:2.45:1 "
-        "next_cgroup_id:3 prev_start_boot_ns:4"),
+        "not_run:2.48:16 next_cgroup_id:3 prev_start_boot_ns:4"),
     (2, "sched_waking", "sched", f"{_TASK} target_cpu:2.0:16 prio:2.16:8 policy:2.24:4 throttled:2.28:1 kthread:2.29:1 "
         "state:2.32:16 cgroup_id:3"),
     (3, "sched_wakeup", "sched", f"{_TASK} target_cpu:2.0:16 prio:2.16:8 policy:2.24:4 throttled:2.28:1 kthread:2.29:1 "

@@ -23,6 +23,7 @@ __all__ = [
     "FLAG_SOFTIRQ",
     "FLAG_WATCHED",
     "LOSSES",
+    "LOSS_HIDDEN",
     "LOSS_REASONS",
     "PAYLOAD",
     "PAYLOAD_CALL",
@@ -129,6 +130,8 @@ TASKS: Final = pa.schema(
 LOSS_REASONS: Final = (
     "ring_full",  # reservation failed: a hole in the CPU's sequence numbers
     "recursion",  # the kernel refused to run the program (nested in itself): counted by the kernel, never numbered
+    "hidden_task",  # the kernel runs no BPF program while a task that it hides is current: its switch-out, whatever it did
+    "not_run",  # the kernel switched tasks without running the program, for no reason that is known
     "shed",  # the probe detached a family to stay under its CPU or memory cap
     "spool_full",  # Kafka was away for longer than the spool could hold
     "producer",  # Kafka refused the batch for good
@@ -138,6 +141,9 @@ LOSS_REASONS: Final = (
     "disk_full",  # the disk of the capture file was full or failed
     "damaged",  # bytes of a capture file or spool are not what was written: their frame could not be read back
 )
+
+# Not lost by us: what this kernel shows to nobody. When such a task ran is recorded; what it did is not.
+LOSS_HIDDEN: Final = "hidden_task"
 
 # Events missing on `cpu` (null: on any) within (from_mono_ns, to_mono_ns); `first_seq`..`last_seq` inclusive where they have
 # numbers. `hop` says where they were lost.

@@ -26,7 +26,7 @@ from typing import Any, Final, Protocol
 import numpy.typing as npt
 
 from events.frames import Watermark
-from events.records import RECORD_BYTES
+from events.records import LOSS_HIDDEN, RECORD_BYTES
 from events.settings import ProbeSettings
 from probe.accounts import Account, RingLedger
 from probe.framing import Framer, Row, Sealed, concatenate, loss_row
@@ -84,9 +84,18 @@ class Summary:
     @property
     def incomplete(self) -> list[str]:
         """One sentence a reason."""
-        counted = {r: n for r, n in self.lost.items() if r not in ("shed", "detached")}  # the steps tell of those
+        # The steps tell of what was shed; what a kernel hides is a limit of that kernel, like a tracepoint that it lacks.
+        counted = {r: n for r, n in self.lost.items() if r not in ("shed", "detached", LOSS_HIDDEN)}
         lost = [f"{n or 'an unknown number of'} events lost ({reason})" for reason, n in sorted(counted.items())]
         return [*lost, *(f"{'shed ' + s.family if s.family else 'detached'}: {s.reason}" for s in self.steps)]
+
+    @property
+    def notes(self) -> list[str]:
+        """What this kernel does not show to anybody; verdicts that it could touch say so."""
+        hidden = self.lost[LOSS_HIDDEN]
+        if not hidden:
+            return []
+        return [f"this kernel hides tasks from BPF: when they ran is recorded; what they did, and {hidden} switches, are not"]
 
 
 class _Batch:

@@ -55,6 +55,10 @@ class TaskRows:
         """Note what is true of a living thread."""
         self._known[row["tid"]] = {name: row.get(name) for name in _KEPT}
 
+    def knows(self, tid: int) -> bool:
+        """Is it a thread of the snapshot, or born since, that has not ended?"""
+        return tid in self._known
+
     def new_groups(self) -> list[tuple[int, str]]:
         """(id, path) of cgroups made since the last question, in the hierarchy that events speak of."""
         groups, self._groups = self._groups, []

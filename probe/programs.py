@@ -302,8 +302,8 @@ class ProgramSet:
             program.reason = f"cannot be attached: {error.strerror}"
 
     def detach(self, family: str | None = None) -> None:
-        """Switch off one family, or all."""
-        for program in self.programs.values():
+        """Switch off one family, or all. Switches go last, as they came first: no event follows one that is not recorded."""
+        for program in reversed(self.programs.values()):
             if program.link_fd >= 0 and family in (None, program.family):
                 os.close(program.link_fd)
                 program.link_fd = -1

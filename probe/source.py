@@ -5,7 +5,8 @@ happened since the last call (`drain`): event columns as numpy arrays, task rows
 
 Guarantees
 - P1: for every CPU, produced == delivered + lost + unsettled; every loss is a row with its reason and the times between
-  which it happened; runs that the kernel refused are rows too.
+  which it happened; runs that the kernel refused are rows too, and so are switches that it made without running us: per CPU
+  the sched_switch events delivered, lost and not run are as many as the kernel's own count.
 - The watermark is exact: the clock is read first, then the rings' ends; an event takes its time after its reservation, so
   all that is older lies before those ends. It waits for records being written and for holes not yet settled.
 - Within one drain the events of each CPU are in order of (time, seq); CPUs follow one another.
@@ -37,6 +38,7 @@ from probe.payload import Mask, PayloadSource, PlannedCall
 from probe.programs import Maps, ProgramSet
 from probe.ring import CpuLedger, EventRing, TextRing, last_switch, online_cpus, round_ring_bytes
 from probe.snapshot import TASK_ROW, snapshot_rows
+from probe.switches import Unseen, UnseenSwitches
 from probe.watch import Selector, WatchTable, descendants, pids_of_port
 
 __all__ = ["SHED_ORDER", "Drained", "KernelSource"]
@@ -74,6 +76,7 @@ _DRAIN_MAX: Final = 1 << 17  # records of one CPU in one drain: the caller's bat
 _LIFECYCLE_KINDS: Final = np.isin(np.arange(256), [BY_NAME[name].number for name in LIFECYCLE])
 _STATE_WORDS: Final = 8  # struct cpu_state of bpf/common.h
 _SEQUENCE, _DROPPED, _TEXT_DROPPED, _UNREADABLE, _FILTER_FULL = range(5)
+_NOT_RUN: Final = 7
 
 Columns = dict[str, npt.NDArray[Any]]
 Row = dict[str, Any]
@@ -153,6 +156,7 @@ class KernelSource:
         self._text = TextRing(self._maps.fds["text"], self._maps.text_bytes)
         self._state = np.frombuffer(self._maps.state, np.uint64).reshape(-1, _STATE_WORDS)
         self._ledgers = [CpuLedger(cpu) for cpu in range(cpus)]
+        self._unseen = [UnseenSwitches(cpu) for cpu in range(cpus)]
         self._text_counts = np.zeros(3, np.int64)
         self._open_parts += [self._table, *self._rings, self._text, self._programs]
 
@@ -258,12 +262,16 @@ class KernelSource:
         parts: list[npt.NDArray[Any]] = []
         seqs: list[npt.NDArray[np.uint64]] = []
         losses: list[Row] = []
+        unseen: list[Unseen] = []
         marks = {}
         for cpu, ledger in enumerate(self._ledgers):
             events, seq, complete = self._read_cpu(cpu, ledger, now)
             if complete:
                 ledger.note_produced(self._produced(ledger, counters), now)
             losses += [_hole_loss(cpu, hole) for hole in ledger.settle(last_switch(seq, events["kind"]), now)]
+            unseen += self._unseen[cpu].find(events, seq)
+            if complete and not ledger.pending:
+                unseen += self._rest(cpu, int(counters[cpu, _NOT_RUN]), now)
             marks[cpu] = ledger.watermark(now if complete else ledger.last_mono_ns)
             parts.append(events)
             seqs.append(seq)
@@ -274,6 +282,7 @@ class KernelSource:
         columns = _columns(parts, seqs)
         tasks = self._snapshot + self._tasks.rows(self._lifecycle(columns), texts)
         self._snapshot = []
+        losses += [self._unseen_loss(u) for u in unseen]
         self._watch_groups({i: p for i, p in self._tasks.new_groups() if p})
         self._match_names(tasks)
         self._counts += np.bincount(columns["kind"], minlength=256)
@@ -298,6 +307,20 @@ class KernelSource:
             order = places[np.lexsort((seq[places], times[places]))]
             events[places], seq[places] = events[order], seq[order]
         return events, seq, complete
+
+    def _rest(self, cpu: int, counted: int, now: int) -> list[Unseen]:
+        """Switches not run that the program counted, and that no event delivered tells of: its event was lost in the ring."""
+        rest = counted - self._unseen[cpu].told
+        if rest <= 0:
+            return []
+        self._unseen[cpu].told = counted
+        return [Unseen(cpu, self._drained_mono_ns, now, rest, None)]
+
+    def _unseen_loss(self, unseen: Unseen) -> Row:
+        """`hidden_task`: the kernel does not list the task that was let in to BPF either."""
+        hidden = unseen.tid not in (None, 0) and not self._tasks.knows(unseen.tid or 0)
+        row = _loss("hidden_task" if hidden else "not_run", "kernel", unseen.from_mono_ns, to=unseen.to_mono_ns)
+        return row | {"cpu": unseen.cpu, "count": unseen.count}
 
     def _numbers(self, ledger: CpuLedger, raw: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
         if self._programs.fetch_add:
@@ -363,6 +386,7 @@ class KernelSource:
                 "delivered": ledger.delivered,
                 "lost": ledger.lost,
                 "unsettled": self._produced(ledger, self._state) - ledger.delivered - ledger.lost,
+                "switches_not_run": int(self._state[ledger.cpu, _NOT_RUN]),
                 "backlog_bytes": self._rings[ledger.cpu].backlog_bytes(),
             }
             for ledger in self._ledgers

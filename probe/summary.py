@@ -2,8 +2,8 @@
 
 `summarise` reads every frame once (memory stays bounded by the largest frame and the task table) and gives a JSON document of
 schema `kprobe.info/1`: kinds and counts, clocks, losses per CPU and time, tasks, damage. `complete` is false when any event is
-known to be missing, or when the file was cut or damaged. Holes in the sequence numbers that no loss row explains are
-losses too.
+known to be lost, or when the file was cut or damaged; `hidden_switches` are
+those of tasks that the kernel hides from everybody. Holes in the sequence numbers that no loss row explains are losses too.
 """
 
 from collections import Counter
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from events.frames import Frame
 from events.kinds import BY_NUMBER
+from events.records import LOSS_HIDDEN
 from probe.accounts import RingLedger
 from probe.capture import CaptureReader
 from probe.tasks import TaskTable
@@ -95,9 +96,10 @@ def summarise(reader: CaptureReader) -> dict[str, Any]:
         "kinds": {BY_NUMBER[k].name if k in BY_NUMBER else f"kind {k}": int(seen.kinds[k]) for k in _by_count(seen.kinds)},
         "cpus": {str(cpu): n for cpu, n in sorted(seen.cpus.items())},
         "losses": lost,
-        "lost_events": sum(row["count"] for row in lost),
+        "lost_events": sum(row["count"] for row in lost if row["reason"] != LOSS_HIDDEN),
+        "hidden_switches": sum(row["count"] for row in lost if row["reason"] == LOSS_HIDDEN),
         "tasks": _tasks(seen),
-        "complete": not (lost or cut or reader.damage),
+        "complete": not (cut or reader.damage or any(row["reason"] != LOSS_HIDDEN for row in lost)),
     }
 
 

@@ -57,7 +57,8 @@ struct cpu_state { /* one cache line a CPU */
   u64 unreadable;  /* texts that were not in memory */
   u64 filter_full; /* cgroups that found no room in the watch set */
   u64 unwatched_spin; /* lock for which a process that is not watched spins: its end is left out as well */
-  u64 pad[2];
+  u64 switches;    /* the kernel's own count of this CPU's switches at the last one seen, or (no such field) whom it let in */
+  u64 not_run;     /* switches for which the kernel did not run our program */
 };
 
 #define PATTERNS_MAX 8

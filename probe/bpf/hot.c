@@ -5,7 +5,7 @@
 
 /* @fields
  * task_struct.__state task_struct.state task_struct.prio task_struct.policy task_struct.se.cfs_rq cfs_rq.throttle_count
- * task_struct.throttled task_struct.in_iowait task_struct.thread_info.cpu thread_info.cpu task_struct.cpu task_struct.files
+ * cfs_rq.rq rq.nr_switches task_struct.throttled task_struct.in_iowait task_struct.thread_info.cpu thread_info.cpu task_struct.cpu task_struct.files
  * files_struct.fdt fdtable.max_fds fdtable.fd file.f_inode file.private_data inode.i_mode inode.i_ino inode.i_sb
  * super_block.s_dev super_block.s_magic socket.sk pt_regs.di pt_regs.si pt_regs.dx pt_regs.r10 pt_regs.r8 pt_regs.orig_ax pt_regs.regs
  * pt_regs.orig_x0 pt_regs.syscallno
@@ -78,6 +78,28 @@ static __always_inline u64 FN(state)(u64 task) {
     SET(kind, field, loaded_);                      \
   } while (0)
 
+/* Switches of this CPU since the last one that we saw, for which the kernel did not run our program: it has its own count, and
+ * raises it once before each run of this tracepoint. Some kernels run no program while certain tasks are current. */
+static __always_inline u64 FN(switches_not_run)(u64 prev, u64 next) {
+  struct cpu_state *state = my_state();
+  u64 before = state->switches, missed;
+#if defined(OFF_task_struct_se_cfs_rq) && defined(OFF_cfs_rq_rq) && defined(OFF_rq_nr_switches)
+  u64 count;
+  LOAD(u64, count, prev, OFF_task_struct_se_cfs_rq);
+  LOAD(u64, count, count, OFF_cfs_rq_rq);
+  LOAD(u64, count, count, OFF_rq_nr_switches);
+  missed = count - before - 1;
+  state->switches = count;
+#else
+  missed = before != prev; /* at least one */
+  state->switches = next;
+#endif
+  if (!before || !missed)
+    return 0;
+  state->not_run += missed;
+  return missed < 0xffff ? missed : 0xffff;
+}
+
 int HOOK(sched_switch)(u64 *ctx) {
   u64 prev = ARG(sched_switch, prev), next = ARG(sched_switch, next), ids = bpf_get_current_pid_tgid();
   ARGS;
@@ -107,6 +129,7 @@ int HOOK(sched_switch)(u64 *ctx) {
   SET(SCHED_SWITCH, PREV_IOWAIT, iowait >> OFF_task_struct_in_iowait_BIT);
 #endif
   SET(SCHED_SWITCH, NEXT_CGROUP_ID, FN(cgroup_id)(next));
+  SET(SCHED_SWITCH, NOT_RUN, FN(switches_not_run)(prev, next));
   return emit(KIND_SCHED_SWITCH, ids, args);
 }
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from events.frames import SCHEMAS, Clocks, Frame, Watermark, events_frame
-from events.kinds import FAMILIES
+from events.kinds import BY_NAME, FAMILIES
 from events.records import EVENTS, FLAG_WATCHED, LOSSES, TASKS
 
 NODE = "sim"
@@ -67,6 +67,24 @@ class Tape:
             row |= {"to_mono_ns": min(after, default=self.end_ns), "count": len(seqs)}
             rows.append(row | {"first_seq": seqs[0], "last_seq": seqs[-1]})
         return replace(self, records=kept, losses=(*self.losses, *rows))
+
+    def hiding(self, tid):
+        """The tape of a kernel that runs no program while thread `tid` is current, with the rows that the probe then writes."""
+        kept = [r for r in self.records if r[5] != tid]
+        rows = []
+        for gone in (r for r in self.records if r[5] == tid and r[3] == BY_NAME["sched_switch"].number):
+            before = [r[0] for r in kept if r[1] == gone[1] and r[0] <= gone[0]]
+            after = [r[0] for r in kept if r[1] == gone[1] and r[0] > gone[0]]
+            if before and after:
+                row = dict.fromkeys(LOSSES.names) | {"cpu": gone[1], "reason": "hidden_task", "hop": "kernel", "count": 1}
+                rows.append(row | {"from_mono_ns": max(before), "to_mono_ns": min(after)})
+        place = {}
+        for cpu in range(self.cpus):
+            numbers = sorted(r[2] for r in kept if r[1] == cpu)
+            place |= {(cpu, number): i for i, number in enumerate(numbers)}
+        numbered = tuple((r[0], r[1], place[r[1], r[2]], *r[3:]) for r in kept)
+        tasks = tuple(r for r in self.task_rows if r["tid"] != tid)
+        return replace(self, records=numbered, task_rows=tasks, losses=(*self.losses, *rows))
 
     def between(self, from_ns, to_ns, *, snapshot=False):
         """The tape of a recorder that was started at `from_ns` and stopped at `to_ns`."""

@@ -139,6 +139,40 @@ def test_loss_moves_time_into_lost_and_unknown_only():
             assert lost["complete"] is False or lost["lost_ns"] == 0
 
 
+def test_what_a_kernel_hides_costs_no_more_than_what_hung_on_it():
+    """The windows of hidden switches never invent a cause, and leave alone what the thread's own events prove."""
+    lost = kept = 0
+    for seed in range(4000, 4080):
+        rng = random.Random(seed)
+        simulator = Simulator(seed)
+        truth = simulator.run()
+        hidden = rng.choice(truth.tasks)
+        chosen = [(t, o) for t, o in operations_of(simulator, truth, rng) if t.tid != hidden.tid]
+        tape = Tape.of(simulator, truth).hiding(hidden.tid)
+        verdicts = judge(tape.frames(), [o for _, o in chosen])
+        again = judge(tape.frames(batch=7), [o for _, o in chosen])
+        assert {k: v["hash"] for k, v in verdicts.items()} == {k: v["hash"] for k, v in again.items()}, f"seed {seed}"
+        for task, operation in chosen:
+            verdict = verdicts[operation.operation_id]
+            heard = said(verdict)
+            expected = true(truth, task, operation.start_mono_ns, operation.end_mono_ns)
+            if expected[-1][2] != "run":
+                continue  # a program says that its operation ends: it runs then
+            cuts = sorted({t for p in (*heard, *expected) for t in p[:2]})
+            for a, b in itertools.pairwise(cuts):
+                label, who = at(heard, a)
+                if label in ("lost", "unknown") or (label, who) == ("runq", None):
+                    lost += b - a
+                    continue
+                if (label, who) == ("runq", hidden.key) and at(expected, a)[0].startswith("irq."):
+                    continue  # interrupts of a hidden task are as hidden as it is: they pass for its own time
+                assert (label, who) == at(expected, a), f"seed {seed}, {operation}, hidden {hidden.tid}, at {a}"
+                kept += b - a
+            told = verdict["completeness"]
+            assert told["lost_events"] == 0 or told["lost_ns"] + told["unknown_ns"] > 0
+    assert 0 < lost < 0.1 * kept
+
+
 def test_a_restored_engine_goes_on_where_it_was():
     for seed in range(3000, 3020):
         simulator = Simulator(seed)

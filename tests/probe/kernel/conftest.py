@@ -58,6 +58,11 @@ class Recording:
         return self
 
     @property
+    def lost(self):
+        """Losses without what the kernel hides from everybody: a sandbox's own tasks run at any time."""
+        return [row for row in self.losses if row["reason"] != "hidden_task"]
+
+    @property
     def columns(self):
         return {name: np.concatenate([p[name] for p in self._parts]) for name in EVENT_COLUMNS}
 

@@ -37,7 +37,7 @@ def test_a_read_ring_loses_nothing_and_counts_what_the_storm_counts(record, help
 
     assert made == CPUS * calls
     assert getppid_events(recording.columns) == [made, made]
-    assert recording.losses == []
+    assert recording.lost == []
     totals = accounts(recording)
     assert totals["produced"] == totals["delivered"] and set(totals["unsettled"]) == {0}
 
@@ -60,12 +60,12 @@ def test_a_full_ring_loses_exactly_what_it_says(record, helper, storm):
     assert [p for p, d, n in zip(after["produced"], after["delivered"], after["lost"], strict=True) if p != d + n] == []
     assert delivered == len(columns["seq"])
     assert sum(after["produced"]) - sum(before["produced"]) >= 2 * made, "every call of the storm has two numbers"
-    assert sum(row["count"] for row in recording.losses) == sum(after["lost"]) > made
+    assert sum(row["count"] for row in recording.lost) == sum(after["lost"]) > made
     for cpu in range(len(after["produced"])):
         seq = columns["seq"][columns["cpu"] == cpu]
         assert len(np.unique(seq)) == len(seq), "a sequence number was given twice"
         missing = set(range(after["produced"][cpu])) - set(seq.tolist())
-        said = [n for r in recording.losses if r["cpu"] == cpu for n in range(r["first_seq"], r["last_seq"] + 1)]
+        said = [n for r in recording.lost if r["cpu"] == cpu for n in range(r["first_seq"], r["last_seq"] + 1)]
         assert sorted(missing) == sorted(said), f"holes of CPU {cpu} are not the losses reported"
 
 
@@ -80,8 +80,8 @@ def test_losses_are_placed_between_their_neighbours(record, helper, storm):
     recording.catch_up()
 
     columns = recording.columns
-    assert recording.losses
-    for loss in recording.losses:
+    assert recording.lost
+    for loss in recording.lost:
         mine = columns["cpu"] == loss["cpu"]
         seq, time = columns["seq"][mine].astype(np.int64), columns["time_mono_ns"][mine]
         earlier, later = time[seq < loss["first_seq"]], time[seq > loss["last_seq"]]
