@@ -10,6 +10,7 @@ longest path: time saved before a wait for somebody who works independently of t
 since) is absorbed by that wait.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -145,6 +146,9 @@ def collect(roots: Sequence[Root]) -> list[Cause]:
 def without(roots: Sequence[Root], cause: Cause, duration_ns: int, woken: Sequence[tuple[int, Key]]) -> tuple[int, int]:
     """[low, high] ns that the operation would have taken without a cause. `woken`: (time, thread) that its thread woke."""
     removed = {id(r) for r in cause.roots}
+    by_thread: dict[Key, list[int]] = {}
+    for time, key in woken:
+        by_thread.setdefault(key, []).append(time)
     low = duration_ns - cause.ns
     saved, since, wait_start, last_end = 0, 0, 0, -1
     for root in roots:
@@ -154,19 +158,24 @@ def without(roots: Sequence[Root], cause: Cause, duration_ns: int, woken: Sequen
         if id(root) in removed:
             saved += root.ns
             since = max(since, root.start_mono_ns)
-        elif saved and _independent(root, since, woken, within=since >= wait_start):
+        elif saved and _independent(root, since, by_thread, within=since >= wait_start):
             saved = 0
     return low, duration_ns - saved
 
 
-def _independent(root: Root, since: int, woken: Sequence[tuple[int, Key]], *, within: bool) -> bool:
+def _independent(root: Root, since: int, woken: Mapping[Key, Sequence[int]], *, within: bool) -> bool:
     """Does this wait end at a time that does not depend on when the operation began to wait, or on what was taken away?
 
     `within`: what was taken away lies in this same wait; then what the same thread did or stood in line for moves along.
+    `woken`: when the operation's thread woke whom, in order of time.
     """
     if not root.label.startswith("wait.") or root.label.startswith(_OWN_WAITS):
         return False
     if within:
         return root.mechanism in ("sleep", "net", "unknown")
-    others = {h.other for h in root.hops}
-    return not any(time >= since and key in others and time <= root.end_mono_ns for time, key in woken)
+    for hop in root.hops:
+        times = woken.get(hop.other, ())
+        at = bisect_left(times, since)
+        if at < len(times) and times[at] <= root.end_mono_ns:
+            return False
+    return True

@@ -259,7 +259,7 @@ class NodeEngine:
             proven = max(proven, self._log.evicted_mono_ns + 1)
         return Timeline(
             self._log.segments, self._tasks, losses, lo_mono_ns=lo, hi_mono_ns=end_mono_ns, node=self.node,
-            boot_id=self.boot_id, session=session, proven_mono_ns=proven,
+            boot_id=self.boot_id, session=session, proven_mono_ns=proven, focus_mono_ns=start_mono_ns,
         )  # fmt: skip
 
     def _coverage(self, end: int) -> tuple[Mapping[str, Any], int | None]:

@@ -25,6 +25,7 @@ Ints = npt.NDArray[np.int64]
 
 _NAMES: Final = tuple(f.name for f in EVENTS)
 _DTYPES: Final = {f.name: np.dtype(f.type.to_pandas_dtype()) for f in EVENTS}
+_TASK_ROWS_MAX: Final = 4096  # (thread, kinds) whose rows a segment remembers
 _SEGMENT_ROWS: Final = 1 << 20  # small enough to evict in steps, large enough that a query visits few
 
 # Roles of a subject's row: what the event does to the thread's state.
@@ -66,6 +67,7 @@ class Segment:
         self.columns = columns
         self.time: Ints = columns["time_mono_ns"]
         self._by_cpu: dict[tuple[str, int], npt.NDArray[Any]] = {}
+        self._by_task: dict[tuple[int, tuple[int, ...]], npt.NDArray[Any]] = {}
 
     def __len__(self) -> int:
         return len(self.time)
@@ -100,6 +102,24 @@ class Segment:
         return _pick(self._tids, tid)
 
     @cached_property
+    def _kinds_by_tid(self) -> npt.NDArray[Any]:
+        kinds: npt.NDArray[Any] = self.columns["kind"][self._tids[2]]
+        return kinds
+
+    def rows_of_current_kinds(self, tid: int, numbers: tuple[int, ...]) -> npt.NDArray[Any]:
+        """As `rows_of_current`, only events of some kinds; found once a thread and set of kinds."""
+        held = self._by_task.get((tid, numbers))
+        if held is None:
+            span = _span(self._tids, tid)
+            wanted = np.zeros(256, np.bool_)
+            wanted[list(numbers)] = True
+            held = self._tids[2][span][wanted[self._kinds_by_tid[span]]]
+            if len(self._by_task) >= _TASK_ROWS_MAX:
+                self._by_task.clear()
+            self._by_task[tid, numbers] = held
+        return held
+
+    @cached_property
     def _subjects(self) -> tuple[tuple[Any, Any, Any], npt.NDArray[Any], npt.NDArray[Any]]:
         rows, tids, roles = [], [], []
         low = np.uint64(0xFFFFFFFF)
@@ -115,13 +135,26 @@ class Segment:
         row, tid, role_ = np.concatenate(rows), np.concatenate(tids), np.concatenate(roles)
         by_row = np.argsort(row, kind="stable")
         row, tid, role_ = row[by_row], tid[by_row], role_[by_row]
-        return _group(tid), row, role_
+        grouped = _group(tid)
+        return grouped, row[grouped[2]], role_[grouped[2]]
 
     def subject_rows(self, tid: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """(row numbers, roles) of the events that change the state of thread `tid`, in order."""
         grouped, row, role = self._subjects
-        chosen = _pick(grouped, tid)
-        return row[chosen], role[chosen]
+        span = _span(grouped, tid)
+        return row[span], role[span]
+
+    @cached_property
+    def _births(self) -> tuple[tuple[Any, Any, Any], npt.NDArray[Any]]:
+        names = ("sched_wakeup_new", "sched_process_fork")
+        rows = np.sort(np.concatenate([self.rows_of_kind(BY_NAME[n].number) for n in names]))
+        return _group((self.columns["a0"][rows] & np.uint64(0xFFFFFFFF)).astype(np.int64)), rows
+
+    def birth_rows(self, tid: int) -> npt.NDArray[Any]:
+        """Row numbers of the events with which a life of thread `tid` begins, ascending."""
+        grouped, rows = self._births
+        found: npt.NDArray[Any] = rows[_pick(grouped, tid)]
+        return found
 
     @cached_property
     def _switches(self) -> tuple[tuple[Any, Any, Any], npt.NDArray[Any]]:
@@ -162,7 +195,7 @@ class Segment:
     def index(self) -> None:
         """Build all indexes now, so that no verdict pays for them."""
         self.subject_rows(0)
-        self.rows_of_current(0)
+        self.rows_of_current_kinds(0, ())
         self.switch_rows(0)
         self.frame_rows(0)
         self.rows_of_cpu(0)
@@ -172,12 +205,17 @@ class Segment:
         return [int(c) for c in self._cpus[0]]
 
 
-def _pick(grouped: tuple[Any, Any, Any], value: int) -> npt.NDArray[Any]:
-    distinct, offsets, order = grouped
-    i = int(np.searchsorted(distinct, value))
+def _span(grouped: tuple[Any, Any, Any], value: int) -> slice:
+    """Where in the order of a grouping the rows of a value stand."""
+    distinct, offsets, _ = grouped
+    i = int(distinct.searchsorted(value))
     if i == len(distinct) or int(distinct[i]) != value:
-        return np.empty(0, np.int64)
-    picked: npt.NDArray[Any] = order[offsets[i] : offsets[i + 1]]
+        return slice(0, 0)
+    return slice(int(offsets[i]), int(offsets[i + 1]))
+
+
+def _pick(grouped: tuple[Any, Any, Any], value: int) -> npt.NDArray[Any]:
+    picked: npt.NDArray[Any] = grouped[2][_span(grouped, value)]
     return picked
 
 

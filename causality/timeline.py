@@ -49,6 +49,8 @@ _FOR_EVER_NS: Final = (1 << 63) - 1
 _RUNNABLE_STATES: Final = (0, 256)
 _DEAD: Final = 0x10 | 0x20 | 0x80
 _FRAME_LOSSES: Final = ("", "sched", "irq", "softirq", "irq_vectors", "timers")
+_CHUNK: Final = 64
+_TAIL_CHANGES: Final = 16  # distinct times of a thread's changes before a window that its states are derived from
 _CONTEXT_SCAN: Final = 512  # rows of interrupt entries and exits looked back over to find the frames of one event
 
 
@@ -190,20 +192,31 @@ class Rows:
         """Evidence ids of all rows."""
         return tuple(self.id(i) for i in range(len(self)))
 
+    def cell(self, name: str, i: int) -> int:
+        """One value, without gathering its column."""
+        held = self._columns.get(name)
+        if held is not None:
+            return int(held[i])
+        for segment, rows in self._parts:
+            if i < len(rows):
+                return int(segment.columns[name][rows[i]])
+            i -= len(rows)
+        raise IndexError(i)
+
     def id(self, i: int) -> str:
         """Evidence id of row i."""
-        return self._timeline.event_id(int(self.column("cpu")[i]), int(self.column("seq")[i]))
+        return self._timeline.event_id(self.cell("cpu", i), self.cell("seq", i))
 
     def decode(self, i: int) -> dict[str, int]:
         """All fields of row i, with time_mono_ns, cpu, tid, tgid."""
-        kind = BY_NUMBER[int(self.column("kind")[i])]
-        head = {n: int(self.column(n)[i]) for n in ("time_mono_ns", "cpu")}
-        head["current_tid"], head["current_tgid"] = int(self.column("tid")[i]), int(self.column("tgid")[i])
-        return {**head, **kind.decode(tuple(int(self.column(f"a{k}")[i]) for k in range(5)))}
+        kind = BY_NUMBER[self.cell("kind", i)]
+        head = {n: self.cell(n, i) for n in ("time_mono_ns", "cpu")}
+        head["current_tid"], head["current_tgid"] = self.cell("tid", i), self.cell("tgid", i)
+        return {**head, **kind.decode(tuple(self.cell(f"a{k}", i) for k in range(5)))}
 
     def name(self, i: int) -> str:
         """Kind name of row i."""
-        return BY_NUMBER[int(self.column("kind")[i])].name
+        return BY_NUMBER[self.cell("kind", i)].name
 
     def where(self, mask: npt.NDArray[Any]) -> "Rows":
         """The rows that a mask selects."""
@@ -298,25 +311,26 @@ class Timeline:
         boot_id: str,
         session: Mapping[str, Any] | None = None,
         proven_mono_ns: int | None = None,
+        focus_mono_ns: int | None = None,
     ) -> None:
-        """`proven_mono_ns`: from when on every scheduler event was recorded (None: not known, e.g. an import)."""
+        """`proven_mono_ns`: from when on every scheduler event was recorded (None: not known, e.g. an import). `focus_mono_ns`:
+        from when on states will be asked for (None: not known); earlier ones may be asked for too, at a cost."""
         self.lo_mono_ns, self.hi_mono_ns = lo_mono_ns, hi_mono_ns
         self.node, self.boot_id = node, boot_id
         self.session: Mapping[str, Any] = session or {}
         self.proven_mono_ns = None if proven_mono_ns is None else max(proven_mono_ns, lo_mono_ns)
+        self._focus_mono_ns = hi_mono_ns if focus_mono_ns is None else focus_mono_ns
         self._table = tasks
         self._segments = [s for s in segments if len(s) and s.last_mono_ns >= lo_mono_ns and s.first_mono_ns <= hi_mono_ns]
         touching = [x for x in losses if x.end_mono_ns > lo_mono_ns and x.start_mono_ns <= hi_mono_ns]
         self._all_losses = [x for x in touching if not x.hidden]
         # Up to the event that shows it: later ones are not in the view, and need not have arrived.
         self._hidden = [x for x in touching if x.hidden and x.end_mono_ns <= hi_mono_ns]
-        self._states: dict[Key, list[_Stretch]] = {}
+        self._states: dict[Key, tuple[int, list[_Stretch]]] = {}
         self._tasks: dict[Key, Task] = {}
         self._tgids: dict[Key, int] = {}
         self._cgroups: dict[Key, int] = {}
         self._subjects: dict[int, Rows] = {}
-        self._starts: dict[int, npt.NDArray[Any]] = {}
-        self._only_life: dict[int, int] = {}  # start of the one life that the view's events of a tid name
         self._births: dict[Key, int] = {}
         self._cpus: list[int] | None = None
         self._ids = f"{node}/{boot_id}/"
@@ -334,9 +348,11 @@ class Timeline:
 
     def _clip(self, segment: Segment, rows: npt.NDArray[Any], start: int, end: int) -> npt.NDArray[Any]:
         """The rows (ascending) of a segment with start <= time < end, within the view."""
-        first = np.searchsorted(segment.time, max(start, self.lo_mono_ns))
-        last = np.searchsorted(segment.time, min(end, self.hi_mono_ns + 1))
-        a, b = np.searchsorted(rows, (first, last))
+        if not len(rows):
+            return rows
+        first = segment.time.searchsorted(max(start, self.lo_mono_ns))
+        last = segment.time.searchsorted(min(end, self.hi_mono_ns + 1))
+        a, b = rows.searchsorted((first, last))
         return rows[a:b]
 
     def _select(self, start: int, end: int, rows_of: Any) -> Rows:
@@ -370,9 +386,8 @@ class Timeline:
 
     def of_task_kinds(self, tid: int, names: tuple[str, ...], start_mono_ns: int, end_mono_ns: int) -> Rows:
         """As `of_task`, only some kinds."""
-        rows = self.of_task(tid, start_mono_ns, end_mono_ns)
-        numbers = [BY_NAME[n].number for n in names]
-        return rows.where(np.isin(rows.column("kind"), numbers)) if len(rows) else rows
+        numbers = tuple(BY_NAME[n].number for n in names)
+        return self._select(start_mono_ns, end_mono_ns, lambda s: s.rows_of_current_kinds(tid, numbers))
 
     def on_cpu(self, cpu: int, start_mono_ns: int, end_mono_ns: int) -> Rows:
         """Events on a CPU in [start, end)."""
@@ -435,37 +450,52 @@ class Timeline:
 
     def task_at(self, tid: int, time_mono_ns: int) -> Key:
         """Which life of `tid` was there at a time: by the scheduler events nearest to it, else by the task rows."""
-        rows = self._subject(tid)
-        starts = self._subject_starts(tid)
-        if tid in self._only_life:
-            return (tid, self._only_life[tid])
-        if len(starts):
-            after = int(np.searchsorted(rows.time, time_mono_ns))
-            later = starts[after:]
-            earlier = starts[:after]
-            known = earlier[earlier != 0]
-            coming = later[later != 0]
-            if len(known) and len(coming) and known[-1] != coming[0]:
-                ended = self._ended(tid, int(known[-1]))
-                return (tid, int(known[-1] if ended is None or time_mono_ns <= ended else coming[0]))
-            if len(known) or len(coming):
-                return (tid, int(known[-1] if len(known) else coming[0]))
+        earlier, later = self._start_before(tid, time_mono_ns), self._start_after(tid, time_mono_ns)
+        if earlier and later and earlier != later:
+            ended = self._ended(tid, earlier)
+            return (tid, earlier if ended is None or time_mono_ns <= ended else later)
+        if earlier or later:
+            return (tid, earlier or later)
         lives = self._table.lives(tid, self.hi_mono_ns)
         for start, told in reversed(lives):
             if told <= time_mono_ns or start == lives[0][0]:
                 return (tid, start)
         return (tid, 0)
 
-    def _subject_starts(self, tid: int) -> npt.NDArray[Any]:
-        held = self._starts.get(tid)
-        if held is None:
-            held = self._starts[tid] = self._starts_of(tid, self._subject(tid))
-            lives = np.unique(held[held != 0])
-            if len(lives) == 1:
-                self._only_life[tid] = int(lives[0])
-        return held
+    def _start_before(self, tid: int, time_mono_ns: int) -> int:
+        """The start of the life that the last scheduler event of `tid` before a time names; 0: none does."""
+        for s in reversed(self._segments):
+            if s.first_mono_ns >= time_mono_ns:
+                continue
+            rows = self._clip(s, s.subject_rows(tid)[0], self.lo_mono_ns, time_mono_ns)
+            for end in range(len(rows), 0, -_CHUNK):
+                known = self._named(s, tid, rows[max(0, end - _CHUNK) : end])
+                if len(known):
+                    return int(known[-1])
+        return 0
+
+    def _start_after(self, tid: int, time_mono_ns: int) -> int:
+        """The same of the first event at or after a time."""
+        for s in self._segments:
+            if s.last_mono_ns < time_mono_ns:
+                continue
+            rows = self._clip(s, s.subject_rows(tid)[0], time_mono_ns, self.hi_mono_ns + 1)
+            for begin in range(0, len(rows), _CHUNK):
+                known = self._named(s, tid, rows[begin : begin + _CHUNK])
+                if len(known):
+                    return int(known[0])
+        return 0
+
+    def _named(self, segment: Segment, tid: int, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The starts of lives that some rows of a subject name, without those that name none."""
+        c = segment.columns
+        out = (c["kind"][rows] == _SWITCH.number) & (c["tid"][rows] == tid)
+        starts: npt.NDArray[Any] = np.where(out, c["a4"][rows], c["a1"][rows])
+        known: npt.NDArray[Any] = starts[starts != 0]
+        return known
 
     def _ended(self, tid: int, start_boot_ns: int) -> int | None:
+        """When a life of `tid` was switched out for good; None if that was not seen."""
         rows = self._subject(tid)
         starts, roles = self._starts_of(tid, rows), self._roles(tid, rows)
         states = rows.get("prev_state", "sched_switch")
@@ -493,15 +523,58 @@ class Timeline:
 
     # --- states
 
-    def _subject(self, tid: int) -> Rows:
-        if tid not in self._subjects:
-            clipped = [(s, self._clip(s, s.subject_rows(tid)[0], self.lo_mono_ns, self.hi_mono_ns + 1)) for s in self._segments]
-            rows = Rows(self, clipped)
-            order = causal_order(rows.time, rows["cpu"], self._roles(tid, rows))
-            if (order[1:] < order[:-1]).any():
-                rows = rows.ordered(order)
+    def _subject(self, tid: int, from_mono_ns: int | None = None) -> Rows:
+        """The rows that change the state of a thread, from a time on (default: all), in causal order."""
+        if from_mono_ns is None and tid in self._subjects:
+            return self._subjects[tid]
+        first = self.lo_mono_ns if from_mono_ns is None else from_mono_ns
+        clipped = [(s, self._clip(s, s.subject_rows(tid)[0], first, self.hi_mono_ns + 1)) for s in self._segments]
+        rows = Rows(self, clipped)
+        order = causal_order(rows.time, rows["cpu"], self._roles(tid, rows))
+        if (order[1:] < order[:-1]).any():
+            rows = rows.ordered(order)
+        if from_mono_ns is None:
             self._subjects[tid] = rows
-        return self._subjects[tid]
+        return rows
+
+    def _tail_start(self, key: Key, start_mono_ns: int) -> int | None:
+        """From when on the changes of a busy thread suffice to tell its states from a time on; None: all are needed.
+
+        What a change means depends on its neighbours only. The cut lies at a change that is the only one of its nanosecond,
+        some changes before the window, and not within a gap.
+        """
+        if not key[1] or start_mono_ns <= self.lo_mono_ns:
+            return None  # without start times one tid may be several lives, of which only all rows tell
+        at = start_mono_ns
+        while True:
+            cut = self._lone_change(key[0], at)
+            if cut is None:
+                return None
+            spanning = [
+                x.start_mono_ns for x in (*self._all_losses, *self._hidden)
+                if x.hides_states and x.start_mono_ns <= cut <= x.end_mono_ns
+            ]  # fmt: skip
+            if not spanning:
+                return cut
+            at = min(spanning)
+
+    def _lone_change(self, tid: int, before_mono_ns: int) -> int | None:
+        for s in reversed(self._segments):
+            if s.first_mono_ns >= before_mono_ns:
+                continue
+            rows, roles = s.subject_rows(tid)
+            until = int(rows.searchsorted(s.time.searchsorted(before_mono_ns)))
+            for width in (4 * _CHUNK, 64 * _CHUNK):
+                begin = max(0, until - width)
+                defining = np.flatnonzero(roles[begin:until] <= IN)  # OUT, IN
+                times, count = np.unique(s.time[rows[begin:until][defining]], return_counts=True)
+                lone = np.flatnonzero((count == 1) & (times > self.lo_mono_ns))
+                lone = lone[lone < len(times) - _TAIL_CHANGES]
+                if len(lone):
+                    return int(times[lone[-1]])
+            if until > 64 * _CHUNK:
+                return None
+        return None
 
     def _roles(self, tid: int, rows: Rows) -> npt.NDArray[Any]:
         kind = rows.column("kind")
@@ -524,11 +597,15 @@ class Timeline:
 
     def states(self, key: Key, start_mono_ns: int, end_mono_ns: int) -> list[Interval]:
         """Contiguous states of a thread that cover [start, end) exactly; losses are not yet taken out (see `lost_parts`)."""
-        if key not in self._states:
-            self._states[key] = self._derive(key)
+        held = self._states.get(key)
+        if held is None or start_mono_ns < held[0]:
+            wanted = min(start_mono_ns, self._focus_mono_ns)
+            cut = self._tail_start(key, wanted) if held is None else None
+            known_from = self.lo_mono_ns if cut is None else wanted
+            held = self._states[key] = (known_from, self._derive(key, cut))
         out: list[Interval] = []
         at = start_mono_ns
-        for interval in (i for stretch in self._states[key] for i in stretch.within(start_mono_ns, end_mono_ns)):
+        for interval in (i for stretch in held[1] for i in stretch.within(start_mono_ns, end_mono_ns)):
             if interval.start_mono_ns >= end_mono_ns:
                 break
             if interval.end_mono_ns <= at:
@@ -541,17 +618,18 @@ class Timeline:
             out.append(Interval(at, end_mono_ns, UNKNOWN, -1, ()))
         return out
 
-    def _derive(self, key: Key) -> list[_Stretch]:
-        rows = self._subject(key[0])
+    def _derive(self, key: Key, cut: int | None = None) -> list[_Stretch]:
+        """The states of a life; from a `cut` on, those right after it may be wrong (see `_tail_start`)."""
+        rows = self._subject(key[0], cut)
         starts = self._starts_of(key[0], rows)
         if key[1] and len(rows):
             rows = rows.where((starts == key[1]) | (starts == 0))
         if not len(rows):
             return [_stretch_of(self._without_changes(key), _FOR_EVER_NS)]
         roles = self._roles(key[0], rows)
-        gaps = self._gaps(rows, roles, self._touched(rows, roles))
+        gaps = self._gaps(rows, roles, self._touched(rows, roles), -1 if cut is None else cut)
         out: list[_Stretch] = []
-        begin, first = self.proven_mono_ns, self.lo_mono_ns
+        begin, first = (self.proven_mono_ns, self.lo_mono_ns) if cut is None else (None, cut)
         for start, end in [*gaps, (self.hi_mono_ns, self.hi_mono_ns)]:
             last = start == self.hi_mono_ns
             part = rows.where((rows.time >= first) & ((rows.time <= start) | last))
@@ -595,10 +673,13 @@ class Timeline:
         out: npt.NDArray[np.bool_] = (roles == OUT) & ~preempt
         return out & ~np.isin(rows.get("prev_state", "sched_switch"), _RUNNABLE_STATES)
 
-    def _gaps(self, rows: Rows, roles: npt.NDArray[Any], touched: Sequence[Loss] = ()) -> list[tuple[int, int]]:
+    def _gaps(
+        self, rows: Rows, roles: npt.NDArray[Any], touched: Sequence[Loss] = (), since: int = -1
+    ) -> list[tuple[int, int]]:
         """The windows in which missing events could hide what the thread did: all losses, but for the time that the events of
         another CPU prove that it ran there."""
         losses = [x for x in (*self._all_losses, *touched) if x.hides_states and x.start_mono_ns < x.end_mono_ns]
+        losses = [x for x in losses if x.end_mono_ns > since]
         if not losses:
             return []
         defining = np.flatnonzero(np.isin(roles, (IN, OUT, FORK)))
@@ -1023,8 +1104,7 @@ class Timeline:
 
     def syscall_at(self, key: Key, time_mono_ns: int) -> Syscall | None:
         """The system call that the thread is in at a time: from its entry before, or from its exit after, or the snapshot."""
-        enters = ("sys_enter", "sys_enter_futex", "sys_exit")
-        rows = self._current_before(key[0], time_mono_ns, enters)
+        rows = self._current_before(key[0], time_mono_ns)
         after = self._current_after(key[0], time_mono_ns)
         if len(after) and self._hides_calls(time_mono_ns, int(after.time[0])):
             after = Rows(self, [])
@@ -1057,10 +1137,9 @@ class Timeline:
     def _born(self, key: Key) -> int:
         """When this life of a tid began, if that was seen: calls before are another's (the last one never returns)."""
         if key not in self._births:
-            rows = self._subject(key[0])
-            roles = self._roles(key[0], rows)
-            first = np.flatnonzero(((roles == FORK) | (roles == NEW)) & (self._subject_starts(key[0]) == key[1]))
-            self._births[key] = int(rows.time[first[0]]) if len(first) else self.lo_mono_ns
+            rows = self._select(self.lo_mono_ns, self.hi_mono_ns + 1, lambda s: s.birth_rows(key[0]))
+            rows = rows.where(rows["a1"] == np.uint64(key[1])) if len(rows) else rows
+            self._births[key] = int(rows.time[0]) if len(rows) else self.lo_mono_ns
         return self._births[key]
 
     def _hides_calls(self, start: int, end: int) -> bool:
@@ -1073,7 +1152,7 @@ class Timeline:
 
     def in_kernel(self, key: Key, time_mono_ns: int) -> bool | None:
         """Is the thread in a system call at a time? None: the events that would tell are missing."""
-        rows = self._current_before(key[0], time_mono_ns, ("sys_enter", "sys_enter_futex", "sys_exit"))
+        rows = self._current_before(key[0], time_mono_ns)
         if len(rows) and self._holds_since(key, rows, time_mono_ns):
             return rows.name(0) != "sys_exit"
         after = self._current_after(key[0], time_mono_ns)
@@ -1084,34 +1163,28 @@ class Timeline:
     def records_syscalls(self, key: Key) -> bool:
         """Were system calls of this thread recorded in the view?"""
         for s in self._segments:
-            rows = self._clip(s, s.rows_of_current(key[0]), self.lo_mono_ns, self.hi_mono_ns + 1)
-            if np.isin(s.columns["kind"][rows], _SYSCALL_KINDS).any():
+            if len(self._clip(s, s.rows_of_current_kinds(key[0], _SYSCALL_KINDS), self.lo_mono_ns, self.hi_mono_ns + 1)):
                 return True
         return False
 
-    def _current_before(self, tid: int, time: int, names: tuple[str, ...]) -> Rows:
-        numbers = [BY_NAME[n].number for n in names]
+    def _current_before(self, tid: int, time: int) -> Rows:
+        """The last entry to or exit from a system call of a thread at or before a time."""
         for s in reversed(self._segments):
-            if s.first_mono_ns > time:
-                continue
-            rows = self._clip(s, s.rows_of_current(tid), self.lo_mono_ns, time + 1)
-            for begin in range(len(rows), 0, -256):
-                some = rows[max(0, begin - 256) : begin]
-                hit = np.flatnonzero(np.isin(s.columns["kind"][some], numbers))
-                if len(hit):
-                    return Rows(self, [(s, some[hit[-1] : hit[-1] + 1])])
+            if s.first_mono_ns <= time:
+                rows = s.rows_of_current_kinds(tid, _SYSCALL_KINDS)
+                at = int(rows.searchsorted(s.time.searchsorted(time + 1))) - 1
+                if at >= 0:
+                    return Rows(self, [(s, rows[at : at + 1])] if int(s.time[rows[at]]) >= self.lo_mono_ns else [])
         return Rows(self, [])
 
     def _current_after(self, tid: int, time: int) -> Rows:
+        """The first entry or exit after a time."""
         for s in self._segments:
-            if s.last_mono_ns < time:
-                continue
-            rows = self._clip(s, s.rows_of_current(tid), time + 1, self.hi_mono_ns + 1)
-            for begin in range(0, len(rows), 256):
-                some = rows[begin : begin + 256]
-                hit = np.flatnonzero(np.isin(s.columns["kind"][some], _SYSCALL_KINDS))
-                if len(hit):
-                    return Rows(self, [(s, some[hit[0] : hit[0] + 1])])
+            if s.last_mono_ns > time:
+                rows = s.rows_of_current_kinds(tid, _SYSCALL_KINDS)
+                at = int(rows.searchsorted(s.time.searchsorted(max(time + 1, self.lo_mono_ns))))
+                if at < len(rows):
+                    return Rows(self, [(s, rows[at : at + 1])] if int(s.time[rows[at]]) <= self.hi_mono_ns else [])
         return Rows(self, [])
 
 

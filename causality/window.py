@@ -147,6 +147,7 @@ class Window:
         self.from_mono_ns, self.to_mono_ns = from_mono_ns, to_mono_ns
         self._segments = [s for s in segments if len(s) and s.last_mono_ns >= from_mono_ns and s.first_mono_ns <= to_mono_ns]
         self._rows: dict[str, Rows] = {}
+        self._with_kind: dict[int, list[Segment]] = {}
         self.memo: dict[str, Any] = {}  # tables that resolvers derive from a window, by name
 
     def rows(self, kind: str) -> Rows:
@@ -165,14 +166,23 @@ class Window:
     def last_of(self, kind: str, who_tid: int, before_mono_ns: int) -> tuple[Rows, int] | None:
         """The last row of a kind with this current thread at or before a time: (rows that hold it, its index), or None."""
         number = BY_NAME[kind].number
-        for segment in reversed(self._segments):
-            rows = segment.rows_of_current(who_tid)
-            limits = (self.from_mono_ns, min(before_mono_ns, self.to_mono_ns) + 1)
-            low, high = np.searchsorted(rows, np.searchsorted(segment.time, limits))
-            found = np.flatnonzero(segment.columns["kind"][rows[low:high]] == number)
-            if len(found):
-                return Rows(BY_NAME[kind], _Gathered([(segment, rows[low + found[-1] : low + found[-1] + 1])])), 0
+        before = min(before_mono_ns, self.to_mono_ns) + 1
+        for segment in reversed(self._having(number)):
+            rows = segment.rows_of_current_kinds(who_tid, (number,))
+            if not len(rows):
+                continue
+            at = int(rows.searchsorted(segment.time.searchsorted(before))) - 1
+            if at >= 0:
+                found = int(segment.time[rows[at]]) >= self.from_mono_ns
+                return (Rows(BY_NAME[kind], _Gathered([(segment, rows[at : at + 1])])), 0) if found else None
         return None
+
+    def _having(self, number: int) -> list[Segment]:
+        """The segments that hold events of a kind at all: most resolvers ask for kinds that most captures do not have."""
+        held = self._with_kind.get(number)
+        if held is None:
+            held = self._with_kind[number] = [s for s in self._segments if len(s.rows_of_kind(number))]
+        return held
 
 
 class _Gathered(dict[str, npt.NDArray[Any]]):

@@ -86,6 +86,30 @@ def test_occupants_and_interrupt_frames_equal_the_truth(first):
             assert _merged(busy) == expected, f"seed {seed}"
 
 
+@pytest.mark.parametrize("first", range(0, 200, 50))
+def test_the_states_of_a_window_do_not_depend_on_how_far_back_one_looks(first):
+    """A busy thread's states are derived from just before the window on: that must change nothing, losses or not."""
+    cut = 0
+    for seed in range(first, first + 50):
+        rng = random.Random(seed)
+        simulator = Simulator(seed, tasks=3, duration_ns=200_000)
+        truth = simulator.run()
+        tape = Tape.of(simulator, truth)
+        if seed % 2:
+            hole = tape.records[rng.randrange(len(tape.records))]
+            tape = tape.without(hole[1], hole[0], hole[0] + rng.randint(500, 20_000))
+        frames = tape.frames()
+        for task in truth.tasks:
+            start = rng.randrange(BASE_NS, truth.end_ns)
+            end = rng.randrange(start + 1, truth.end_ns + 1)
+            whole = timeline_of(frames, truth.end_ns)
+            whole.states(task.key, 0, 1)
+            near = timeline_of(frames, truth.end_ns)
+            cut += near._tail_start(task.key, start) is not None
+            assert near.states(task.key, start, end) == whole.states(task.key, start, end), f"seed {seed}, tid {task.tid}"
+    assert cut > 20
+
+
 def _merged(pieces):
     out = []
     for a, b, who in pieces:
