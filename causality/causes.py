@@ -97,7 +97,8 @@ def culprit_of(root: Root, kind: str | None) -> tuple[Key, str] | None:
 
 def settle_convoys(roots: Sequence[Root]) -> list[Root]:
     """The roots with their kind decided; within one wait for one lock, several holders make a convoy."""
-    out = [replace(r, kind=kind_of(r)) if r.mechanism != "idle" else r for r in roots]
+    kinds = [kind_of(r) if r.mechanism != "idle" else r.kind for r in roots]
+    out = [r if r.kind == kind else replace(r, kind=kind) for r, kind in zip(roots, kinds, strict=True)]
     i = 0
     while i < len(out):
         j = i

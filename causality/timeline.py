@@ -51,6 +51,7 @@ _DEAD: Final = 0x10 | 0x20 | 0x80
 _FRAME_LOSSES: Final = ("", "sched", "irq", "softirq", "irq_vectors", "timers")
 _CHUNK: Final = 64
 _TAIL_CHANGES: Final = 16  # distinct times of a thread's changes before a window that its states are derived from
+_FRAME_MAX_NS: Final = 100_000_000
 _CONTEXT_SCAN: Final = 512  # rows of interrupt entries and exits looked back over to find the frames of one event
 
 
@@ -275,13 +276,17 @@ class _Stretch:
         for k in range(first, after):
             if k not in self._made:
                 made = [i for i in self._make(k) if i.start_mono_ns < self.stop_mono_ns]
-                self._made[k] = [replace(i, end_mono_ns=min(i.end_mono_ns, self.stop_mono_ns)) for i in made]
+                self._made[k] = [_ending(i, self.stop_mono_ns) for i in made]
             yield from self._made[k]
+
+
+def _ending(interval: Interval, at_most_mono_ns: int) -> Interval:
+    return interval if interval.end_mono_ns <= at_most_mono_ns else replace(interval, end_mono_ns=at_most_mono_ns)
 
 
 def _stretch_of(intervals: list[Interval], stop_mono_ns: int) -> _Stretch:
     """A stretch of intervals that are known already."""
-    kept = [replace(i, end_mono_ns=min(i.end_mono_ns, stop_mono_ns)) for i in intervals if i.start_mono_ns < stop_mono_ns]
+    kept = [_ending(i, stop_mono_ns) for i in intervals if i.start_mono_ns < stop_mono_ns]
     return _Stretch(kept, np.empty(0, np.int64), lambda _: [], stop_mono_ns)
 
 
@@ -1052,12 +1057,14 @@ class Timeline:
 
     def frames(self, cpu: int, start_mono_ns: int, end_mono_ns: int) -> list[IrqFrame]:
         """Interrupt frames that touch [start, end) on a CPU, outer before inner, clipped to the window."""
+        if not self._has_frames(cpu, start_mono_ns - _FRAME_MAX_NS, end_mono_ns) and not self._all_losses:
+            return []
         before = self._last_switch(cpu, start_mono_ns)
         begin = self.lo_mono_ns
         if before is not None:
             begin = int(before[0].time[before[0].switch_rows(cpu)[before[1]]])
-        if start_mono_ns - begin > 100_000_000:  # a frame does not last that long: do not re-read a hog's whole run
-            begin = start_mono_ns - 100_000_000
+        if start_mono_ns - begin > _FRAME_MAX_NS:  # a frame does not last that long: do not re-read a hog's whole run
+            begin = start_mono_ns - _FRAME_MAX_NS
         gaps = [x for x in self.losses(begin, end_mono_ns) if x.cpu in (None, cpu) and x.family in _FRAME_LOSSES]
         until = self.hi_mono_ns + 1 if gaps else end_mono_ns
         rows = self._select(begin, until, lambda s: s.frame_rows(cpu))
@@ -1075,6 +1082,8 @@ class Timeline:
 
     def context(self, cpu: int, time_mono_ns: int, seq: int) -> tuple[list[IrqFrame], bool]:
         """(interrupt frames around an event, outermost first; is that certain?). Uncertain: events are missing just before."""
+        if not self._all_losses and not self._has_frames(cpu, self.lo_mono_ns, time_mono_ns + 1):
+            return [], True
         before = self._last_switch(cpu, time_mono_ns + 1)
         begin = self.lo_mono_ns
         if before is not None:
@@ -1088,6 +1097,14 @@ class Timeline:
             for x in self._all_losses
         )  # fmt: skip
         return frames, not lost
+
+    def _has_frames(self, cpu: int, start: int, end: int) -> bool:
+        """Any entry or exit of interrupt context on a CPU in [start, end)?"""
+        for s in self._segments:
+            rows = s.frame_rows(cpu)
+            if len(rows) and len(self._clip(s, rows, start, end)):
+                return True
+        return False
 
     def _recent_frames(self, cpu: int, begin: int, time: int) -> Rows:
         parts: list[tuple[Segment, npt.NDArray[Any]]] = []
