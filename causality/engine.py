@@ -28,7 +28,7 @@ from causality.edges import EdgeFold
 from causality.log import EventLog, Segment
 from causality.operations import Operation
 from causality.tasks import TaskTable
-from causality.timeline import Key, Loss, Timeline
+from causality.timeline import RECORDING_ENDED, Key, Loss, Timeline
 from causality.verdict import FailureCause, build, status_of
 from causality.walk import Resolver, Walk
 from causality.window import Follow, Leaf, Wait, Who, Window
@@ -203,7 +203,8 @@ class NodeEngine:
     def ready(self) -> list[dict[str, Any]]:
         """Final verdicts of operations that ended before the watermark, by (end, id); and corrected ones after late events."""
         limit = _NEVER if self._finished else self.watermark_mono_ns
-        due = [o for o in self._operations.values() if o.end_mono_ns is not None and o.end_mono_ns < limit]
+        ended = [o for o in self._operations.values() if o.end_mono_ns is not None]
+        due = [o for o in ended if self._finished or (o.end_mono_ns or 0) < limit]
         late = self._log.late_since_mono_ns
         again = []
         if late is not None:
@@ -253,7 +254,7 @@ class NodeEngine:
         self._log.settle()
         lo = max(0, start_mono_ns - self.config.lookback_ns)
         session, proven = self._coverage(end_mono_ns)
-        losses = [*self._losses.values(), *self._holes(lo, end_mono_ns)]
+        losses = [*self._losses.values(), *self._holes(lo, end_mono_ns), *self._after_the_end(end_mono_ns, proven)]
         losses.sort(key=lambda x: (x.start_mono_ns, x.end_mono_ns, -1 if x.cpu is None else x.cpu, x.reason, x.family))
         if self._log.evicted_mono_ns >= lo and proven is not None:
             proven = max(proven, self._log.evicted_mono_ns + 1)
@@ -261,6 +262,13 @@ class NodeEngine:
             self._log.segments, self._tasks, losses, lo_mono_ns=lo, hi_mono_ns=end_mono_ns, node=self.node,
             boot_id=self.boot_id, session=session, proven_mono_ns=proven, focus_mono_ns=start_mono_ns,
         )  # fmt: skip
+
+    def _after_the_end(self, end: int, proven: int | None) -> list[Loss]:
+        """What of a view lies after the end of the recording: nothing of it was recorded."""
+        over = self.watermark_mono_ns
+        if not self._finished or proven is None or not proven < over < end:
+            return []
+        return [Loss(over, end, None, RECORDING_ENDED, "", 0)]
 
     def _coverage(self, end: int) -> tuple[Mapping[str, Any], int | None]:
         """The session that covers a time, and from when on it recorded everything."""

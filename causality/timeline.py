@@ -35,8 +35,8 @@ from events.kinds import BY_NAME, BY_NUMBER
 from events.records import FLAG_HARDIRQ, FLAG_SOFTIRQ, LOSS_HIDDEN, UNKNOWN_TID
 
 __all__ = [
-    "BLOCKED", "RUNNABLE", "RUNNING", "UNKNOWN", "Interval", "IrqFrame", "Key", "Loss", "Occupant", "Rows", "Syscall",
-    "Timeline", "Wake",
+    "BLOCKED", "RECORDING_ENDED", "RUNNABLE", "RUNNING", "UNKNOWN", "Interval", "IrqFrame", "Key", "Loss", "Occupant", "Rows",
+    "Syscall", "Timeline", "Wake",
 ]  # fmt: skip
 
 Key = tuple[int, int]
@@ -44,9 +44,11 @@ _SWITCH: Final = BY_NAME["sched_switch"]
 _MIGRATE: Final = BY_NAME["sched_migrate_task"]
 _WAKING: Final = BY_NAME["sched_waking"]
 _NR_FUTEX: Final = 202
+RECORDING_ENDED: Final = "recording_ended"  # reason of the loss of everything after the last event
 _FOR_EVER_NS: Final = (1 << 63) - 1
 # What the kernel reports in prev_state for a thread that is still runnable: nothing, or only "preempted" of the text format.
 _RUNNABLE_STATES: Final = (0, 256)
+_WOKEN: Final = (WAKING, WAKEUP, NEW)
 _DEAD: Final = 0x10 | 0x20 | 0x80
 _FRAME_LOSSES: Final = ("", "sched", "irq", "softirq", "irq_vectors", "timers")
 _CHUNK: Final = 64
@@ -632,7 +634,7 @@ class Timeline:
         if not len(rows):
             return [_stretch_of(self._without_changes(key), _FOR_EVER_NS)]
         roles = self._roles(key[0], rows)
-        gaps = self._gaps(rows, roles, self._touched(rows, roles), -1 if cut is None else cut)
+        gaps = self._gaps(rows, roles, self._touched(key[0], rows, roles), -1 if cut is None else cut)
         out: list[_Stretch] = []
         begin, first = (self.proven_mono_ns, self.lo_mono_ns) if cut is None else (None, cut)
         for start, end in [*gaps, (self.hi_mono_ns, self.hi_mono_ns)]:
@@ -645,7 +647,7 @@ class Timeline:
             begin = first = end
         return out
 
-    def _touched(self, rows: Rows, roles: npt.NDArray[Any]) -> list[Loss]:
+    def _touched(self, tid: int, rows: Rows, roles: npt.NDArray[Any]) -> list[Loss]:
         """The windows of hidden switches in which something of this thread is missing, as its neighbouring events do not fit:
         it left the CPU without having come, or came without having been woken. Otherwise nothing can be missing."""
         if not self._hidden:
@@ -653,7 +655,7 @@ class Timeline:
         defining = np.flatnonzero(np.isin(roles, (IN, OUT, FORK)))
         changing = np.flatnonzero(roles != MIGRATE)
         asleep = self._blocks(rows, roles)
-        found = []
+        found: list[Loss] = []
         for loss in self._hidden:
             past = int(np.searchsorted(rows.time, loss.start_mono_ns, side="right"))
             k, n = int(np.searchsorted(defining, past)) - 1, int(np.searchsorted(changing, past))
@@ -666,10 +668,25 @@ class Timeline:
             else:
                 came = (sleeps or roles[last] == IN) and roles[changing[n]] == IN
                 left = roles[last] != IN and k + 1 < len(defining) and roles[defining[k + 1]] == OUT
+                doubtful = [x for x in (*self._all_losses, *found) if x.hides_states and x.end_mono_ns > int(rows.time[last])]
+                woken = int(roles[changing[n - 1]]) in _WOKEN if n else False
+                if left and not any(x.start_mono_ns < loss.end_mono_ns for x in doubtful):
+                    left = self._let_in_between(tid, loss, woken, bool(sleeps and int(roles[changing[n]]) not in _WOKEN))
                 fits = not (came or left)
             if not fits:
                 found.append(loss)
         return found
+
+    def _let_in_between(self, tid: int, loss: Loss, woken: bool, wake_unseen: bool) -> bool:
+        """Is anything in doubt of a thread whose switch-in is missing, in a window with one hidden switch? The switch let in
+        whoever is shown at the window's end. Shown is somebody else: only if nobody recorded wakes the thread later. Shown is
+        this one, woken in a system call: it returns from the call as soon as it runs (see `_let_in_unseen`)."""
+        shown = self.on_cpu(loss.cpu, loss.end_mono_ns, loss.end_mono_ns + 1) if loss.cpu is not None else Rows(self, [])
+        if loss.count != 1 or not len(shown):
+            return True
+        if int(shown["tid"][0]) != tid:
+            return wake_unseen
+        return not (woken and shown.name(0) == "sys_exit")
 
     @staticmethod
     def _blocks(rows: Rows, roles: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
@@ -746,9 +763,9 @@ class Timeline:
             wake = self._wake(rows, wake_row) if wake_row >= 0 else None
             tail: list[Interval] = []
             if self._let_in_unseen(key, roles, changes.blocks, cause, state, start, end, is_open):
-                state, end, tail = RUNNABLE, *self._unseen_run(key, rows.id(cause), start, end)
+                state, end, tail = RUNNABLE, *self._unseen_run(key, rows.id(cause), start, end, woken=roles[cause] != OUT)
                 is_open = is_open and not tail
-                wake = self._wake(rows, cause) if roles[cause] in (WAKING, WAKEUP, NEW) else None
+                wake = self._wake(rows, cause) if roles[cause] in _WOKEN else None
             places: tuple[tuple[int, int], ...] = ()
             unplaced = False
             if state == RUNNABLE:
@@ -779,16 +796,19 @@ class Timeline:
         our programs for a task that it hides, and such a task lets others in.) It leaves a CPU next, or is seen on one."""
         if is_open:
             return state == RUNNABLE and len(self.of_task(key[0], start + 1, end)) > 0
-        runnable = roles[cause] in (WAKING, WAKEUP, NEW) or (roles[cause] == OUT and not blocks[cause])
+        runnable = roles[cause] in _WOKEN or (roles[cause] == OUT and not blocks[cause])
         return state == UNKNOWN and bool(runnable) and self._next_role(roles, cause) == OUT
 
-    def _unseen_run(self, key: Key, evidence: str, start: int, end: int) -> tuple[int, list[Interval]]:
+    def _unseen_run(self, key: Key, evidence: str, start: int, end: int, *, woken: bool) -> tuple[int, list[Interval]]:
         """(until when the thread stood in line, what follows): it cannot have been let in before the last switch of the CPU
-        that it is seen on or leaves, and it ran from the first event that shows it there."""
+        that it is seen on or leaves, and it ran from the first event that shows it there. One that was woken in a system
+        call returns from it as soon as it runs."""
         shown = self.of_task(key[0], start + 1, end + 1)
         cpu, seen = int(shown["cpu"][0]), int(shown.time[0])
         last = self._last_switch(cpu, seen)
         since = max(start, int(last[0].time[last[0].switch_rows(cpu)[last[1]]])) if last is not None else start
+        if woken and shown.name(0) == "sys_exit":
+            since = seen
         return since, [
             Interval(since, seen, UNKNOWN, cpu, (evidence,)),
             Interval(seen, end, RUNNING, cpu, (shown.id(0),), inferred=True, role=IN),

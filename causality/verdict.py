@@ -16,7 +16,7 @@ from causality.causes import CAPABILITY_OF, KINDS, Cause, collect, culprit_of, s
 from causality.operations import Operation
 from causality.sentence import sentence
 from causality.tasks import Task
-from causality.timeline import Key, Timeline
+from causality.timeline import RECORDING_ENDED, Key, Timeline
 from causality.walk import IRQ_TID, Root, Walk
 from events.topics import VERDICT_SCHEMA
 
@@ -243,6 +243,8 @@ def _completeness(timeline: Timeline, walk: Walk, roots: Sequence[Root], start: 
     lost_ns = sum(r.ns for r in roots if r.label == "lost")
     duration = end - start
     missing = [f"walk limit: {name} ({n})" for name, n in sorted(walk.limits.items())]
+    if any(x.reason == RECORDING_ENDED for x in timeline.losses(start, end)):
+        missing.append("events after the end of the recording")
     if not retained:
         missing.append("events older than the retention")
     if unresolved * _SMALL_SHARE > duration:

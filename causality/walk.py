@@ -33,6 +33,8 @@ _FROZEN: Final = 0x8000
 _STOP_SIGNALS: Final = (19, 20, 21, 22)
 _SOCKET_CALLS: Final = frozenset({"connect", "accept", "accept4", "recvfrom", "recvmsg", "sendto", "sendmsg", "recvmmsg"})
 _LEAVES: Final = ("sys_exit", "page_fault_user", "page_fault_kernel", "sched_process_exit")
+_RETRY_NS: Final = 1_000_000  # what a thread may run between a wait that timed out and the next turn of the same wait
+_CONDITION_GROUP_BYTES: Final = 4  # from one of the two words of a condition variable to the other
 _SLEEPS: Final = frozenset({"nanosleep", "clock_nanosleep"})
 
 
@@ -120,6 +122,7 @@ class Walk:
         self._max_depth, self._max_intervals = max_depth, max_intervals
         self._memo: dict[tuple[Key, int], list[Root]] = {}
         self._busy: set[tuple[Key, int]] = set()
+        self._signallers: dict[tuple[Key, int], tuple[Key, tuple[str, ...]] | None] = {}
         self.limits: dict[str, int] = {}
         self.visited = 0
 
@@ -326,7 +329,47 @@ class Walk:
         pieces = self._network(label, self.window, wait) if self._network is not None else []
         if pieces:
             return (yield from self._pieces(key, interval, pieces, lo, hi, depth))
+        signaller = self._signaller(key, interval, call)
+        if signaller is not None:
+            other, evidence = signaller
+            hop = Hop("wakes", key, other, (*interval.evidence, *evidence), "inferred")
+            found = yield self._explain(other, lo, hi, depth + 1)
+            return [self._through(r, hop, label) for r in found]
         return (yield from self._woken(key, interval, call, lo, hi, depth))
+
+    def _signaller(self, key: Key, interval: Interval, call: Syscall | None) -> tuple[Key, tuple[str, ...]] | None:
+        """Who a timed wait on a futex word was for, if it timed out and the thread at once waited for the word again, until
+        somebody woke it: its waits are one. (Python's threads wait so for their interpreter, in turns of 5 ms.)"""
+        turns = []
+        while call is not None and call.futex is not None and interval.wake is not None:
+            mark = (key, interval.start_mono_ns)
+            if mark in self._signallers or not _by_timer(interval.wake.frames):
+                break
+            turns.append(mark)
+            following = self._waits_again(key, interval, call)
+            if following is None:
+                break
+            interval, call = following
+        answer = self._signallers.get((key, interval.start_mono_ns))
+        if answer is None and turns and interval.wake is not None and not interval.wake.frames and interval.wake.waker[0]:
+            answer = interval.wake.waker, interval.wake.evidence
+        self._signallers.update(dict.fromkeys(turns, answer))
+        return answer if turns else self._signallers.get((key, interval.start_mono_ns))
+
+    def _waits_again(self, key: Key, interval: Interval, call: Syscall) -> tuple[Interval, Syscall] | None:
+        """The next wait of a thread, if it is for the same futex word (of a condition variable: for its other group) and the
+        thread hardly ran in between."""
+        ran = 0
+        for i in self.timeline.states(key, interval.end_mono_ns, self.timeline.hi_mono_ns):
+            if i.state == RUNNING:
+                ran += i.end_mono_ns - i.start_mono_ns
+            if i.state not in (RUNNING, RUNNABLE) or ran > _RETRY_NS:
+                again = self.timeline.syscall_at(key, i.start_mono_ns) if i.state == BLOCKED and ran <= _RETRY_NS else None
+                if again is None or again.futex is None or call.futex is None:
+                    return None
+                near = abs(again.futex["uaddr"] - call.futex["uaddr"]) <= _CONDITION_GROUP_BYTES
+                return (i, again) if near and i.start_mono_ns > interval.start_mono_ns else None
+        return None
 
     def _stopped(self, key: Key, interval: Interval, lo: int, hi: int) -> Root:
         rows = self.timeline.matching("signal_generate", "tid", key[0], self.timeline.lo_mono_ns, interval.start_mono_ns + 1)

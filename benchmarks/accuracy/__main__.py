@@ -16,9 +16,11 @@ import orjson
 from benchmarks.accuracy import (  # noqa: F401  the scenarios register themselves
     scenarios_cpu,
     scenarios_disk,
+    scenarios_healthy,
     scenarios_locks,
     scenarios_memory,
     scenarios_network,
+    scenarios_pairs,
     scenarios_postgres,
     scenarios_waits,
 )

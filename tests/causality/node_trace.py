@@ -13,7 +13,7 @@ from events.frames import SCHEMAS, Clocks, Frame, Watermark, events_frame
 from events.kinds import BY_NAME, FAMILIES
 from events.records import EVENTS, FLAG_WATCHED, TASKS
 
-__all__ = ["futex", "switch", "task", "verdict", "waking"]
+__all__ = ["END_NS", "futex", "switch", "task", "verdict", "waking"]
 
 END_NS = 10**12
 

@@ -1,7 +1,7 @@
 """Whole verdicts on small traces: who a wait is blamed on, and what a switch that is missing does to it."""
 
 from causality.window import Who
-from tests.causality.node_trace import switch, task, verdict, waking
+from tests.causality.node_trace import END_NS, futex, switch, task, verdict, waking
 
 PAY, PEER, HOG, HIDDEN, IDLE = Who(10, 10), Who(20, 20), Who(30, 30), Who(40, 40), Who(0, 0)
 TASKS = [task(PAY, "payments"), task(PEER, "accounts"), task(HOG, "reindex")]
@@ -92,3 +92,52 @@ def test_the_call_of_a_snapshot_says_nothing_of_a_thread_that_ran_since_unwatche
     )  # fmt: skip
     document = verdict(events, [*TASKS, task(PEER, "accounts", **snapshot)], PAY, 1 * MS, 91 * MS)
     assert causes(document)[0] == ("peer_slow", "accounts")
+
+
+def test_who_is_let_in_unseen_after_a_wait_in_a_call_ran_from_its_return_on():
+    events = [
+        called(1 * MS, 0, PAY, 0, object_type=2), switch(2 * MS, 0, PAY, IDLE), waking(10 * MS, 1, PEER, PAY, target=0),
+        switch(11 * MS, 0, IDLE, HIDDEN, state=0), (14 * MS, "sys_exit", PAY, {"nr": 0, "ret": 1}, 0),
+        switch(20 * MS, 0, PAY, IDLE),
+    ]  # fmt: skip
+    document = verdict(events, TASKS, PAY, 1 * MS, 19 * MS)
+    assert document["totals"]["runq"] + document["totals"].get("runq.idle", 0) == 4 * MS
+    assert "unknown" not in document["totals"]
+
+
+def test_nothing_is_known_of_the_time_after_the_recording_and_the_verdict_says_so():
+    events = asked_and_answered()
+    for start, end in ((1 * MS, 2 * END_NS), (END_NS + 1, 2 * END_NS), (1 * MS, 2**63 - 1)):
+        document = verdict(events, TASKS, PAY, start, end)
+        assert document["totals"]["lost"] == end - max(start, END_NS)
+        assert not document["completeness"]["complete"]
+        assert document["completeness"]["missing"] == ["events after the end of the recording"]
+
+
+def timed_out_then_woken(*, retry_word, gap_ns=1000):
+    """PAY waits 5 ms for a word, in vain, waits again at once, and is woken by PEER at 12 ms; PEER works all the time."""
+    tick = {"vector": 236}
+    second = 7 * MS + 100 + gap_ns
+    return [
+        futex(1 * MS, 0, PAY, 0, 64), switch(2 * MS, 0, PAY, IDLE), called(1 * MS, 1, PEER, 39),
+        (7 * MS - 5, "local_timer_entry", IDLE, tick, 0), waking(7 * MS, 0, IDLE, PAY),
+        (7 * MS + 5, "local_timer_exit", IDLE, tick, 0), switch(7 * MS + 9, 0, IDLE, PAY, state=0),
+        (7 * MS + 50, "sys_exit", PAY, {"nr": 202, "ret": -110}, 0), futex(second, 0, PAY, 0, retry_word),
+        switch(second + 100, 0, PAY, IDLE), waking(12 * MS, 1, PEER, PAY, target=0), switch(12 * MS + 9, 0, IDLE, PAY, state=0),
+        switch(20 * MS, 1, PEER, IDLE),
+    ]  # fmt: skip
+
+
+def test_a_wait_that_timed_out_and_was_taken_up_again_was_for_whoever_ended_it_at_last():
+    for word in (64, 68):  # the second group of a condition variable lies beside the first
+        document = verdict(timed_out_then_woken(retry_word=word), TASKS, PAY, 1 * MS, 13 * MS)
+        assert causes(document)[0] == ("peer_slow", "accounts")
+        assert document["causes"][0]["ns"] > 9 * MS
+
+
+def test_a_timed_wait_that_was_left_for_something_else_was_a_sleep():
+    """Another word, or the same one after work of its own: nobody owed the thread anything for the first 5 ms."""
+    for events in (timed_out_then_woken(retry_word=256), timed_out_then_woken(retry_word=64, gap_ns=2 * MS)):
+        document = verdict(events, TASKS, PAY, 1 * MS, 13 * MS)
+        slept = [c["ns"] for c in document["causes"] if c["kind"] == "own_sleep"]
+        assert slept == [5 * MS]

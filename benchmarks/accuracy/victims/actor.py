@@ -122,7 +122,14 @@ _STEPS = {
 
 
 def _delay():
-    return int(Path("/proc/thread-self/schedstat").read_text().split()[1])
+    """(the kernel's count of run-queue ns, the time at which it is true), again if the thread was held up in between."""
+    for _ in range(20):
+        before = _now()
+        delay = int(Path("/proc/thread-self/schedstat").read_text().split()[1])
+        at = _now()
+        if at - before < 150_000:
+            break
+    return delay, at
 
 
 def _now():
@@ -136,14 +143,14 @@ def _run(control, line):
         if not words:
             continue
         if words[0] == "op":
-            delay = _delay()
             failed = False
-            op = [*words[1:4], _now(), delay]
+            delay, at = _delay()
+            op = [*words[1:4], at, delay]
         elif words[0] == "end":
-            end = _now()
+            delay, end = _delay()
             outcome = "failed" if failed else "ok"
             head = f"op {op[0]} {op[1]} {threading.get_native_id()} {op[3]} {end} {op[2]} {outcome}"
-            control.sendall(f"{head} {_delay() - op[4]}\n".encode())
+            control.sendall(f"{head} {delay - op[4]}\n".encode())
             op, failed = None, False
         elif failed:
             continue
