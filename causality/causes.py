@@ -5,6 +5,10 @@ The kind of a cause is the mechanism at the root, seen through the hops that lea
 / `own_sleep` for the operation's own thread, `lock_holder` for whoever held the lock it waited for, else `peer_slow`.
 Two or more holders within one wait for one lock are a `lock_convoy`.
 
+Ranking (`ranked`): by time, but own work does not hide what made a late operation late. If it would have been in time without
+all that came from outside, what came from outside ranks first; an operation that is late by its own work alone keeps the
+order of time.
+
 Without a cause (`without_it_ns`, an interval): the low end takes away all of its time. The high end recomputes the
 longest path: time saved before a wait for somebody who works independently of the operation (it did not wake them
 since) is absorbed by that wait.
@@ -18,7 +22,7 @@ from typing import Final
 from causality.timeline import Key
 from causality.walk import LOCK_EDGES, Root, weaker
 
-__all__ = ["CAPABILITY_OF", "KINDS", "Cause", "collect", "kind_of", "without"]
+__all__ = ["CAPABILITY_OF", "KINDS", "Cause", "collect", "kind_of", "ranked", "without"]
 
 KINDS: Final = (
     "cpu_preempted", "cpu_preempted_rt", "cpu_quota", "irq_storm", "lock_holder", "lock_convoy", "priority_inversion",
@@ -36,6 +40,7 @@ CAPABILITY_OF: Final[Mapping[str, tuple[str, ...]]] = {
 }  # fmt: skip
 _CONVOY_SHARE: Final = 10  # a holder counts if it held for at least a tenth of the wait
 _NO_CULPRIT: Final = frozenset({"own_cpu", "own_sleep", "disk_throttle", "memcg_reclaim", "killed_oom"})
+_OWN_KINDS: Final = frozenset({"own_cpu", "own_sleep"})
 # Waits for what the operation itself set off: they move along with it.
 _OWN_WAITS: Final = ("wait.disk", "wait.journal", "wait.dirty", "wait.reclaim", "wait.swap", "wait.timer", "wait.signal")
 
@@ -142,6 +147,15 @@ def collect(roots: Sequence[Root]) -> list[Cause]:
         if who is not None:
             cause.culprits[who] = cause.culprits.get(who, 0) + root.ns
     return sorted(causes.values(), key=lambda c: (-c.ns, KINDS.index(c.kind), c.roots[0].start_mono_ns))
+
+
+def ranked(causes: Sequence[Cause], duration_ns: int, deadline_ns: int | None) -> list[Cause]:
+    """Causes by what removing each would save. Own work cannot be removed: of a late operation it stands behind everything
+    that came from outside, if without all of that the operation would have been in time."""
+    outside = sum(c.ns for c in causes if c.kind not in _OWN_KINDS)
+    if deadline_ns is None or duration_ns <= deadline_ns or duration_ns - outside > deadline_ns:
+        return list(causes)
+    return sorted(causes, key=lambda c: c.kind in _OWN_KINDS)
 
 
 def without(roots: Sequence[Root], cause: Cause, duration_ns: int, woken: Sequence[tuple[int, Key]]) -> tuple[int, int]:

@@ -53,6 +53,7 @@ _DEAD: Final = 0x10 | 0x20 | 0x80
 _FRAME_LOSSES: Final = ("", "sched", "irq", "softirq", "irq_vectors", "timers")
 _CHUNK: Final = 64
 _TAIL_CHANGES: Final = 16  # distinct times of a thread's changes before a window that its states are derived from
+_NMI_MAX_NS: Final = 10_000_000
 _FRAME_MAX_NS: Final = 100_000_000
 _CONTEXT_SCAN: Final = 512  # rows of interrupt entries and exits looked back over to find the frames of one event
 
@@ -1099,6 +1100,20 @@ class Timeline:
             )
             for f in kept
         ]  # fmt: skip
+
+    def nmis(self, cpu: int, start_mono_ns: int, end_mono_ns: int) -> list[IrqFrame]:
+        """Non-maskable interrupts that touch [start, end) on a CPU. Their event comes at their end, and tells their length."""
+        rows = self.kind("nmi_handler", start_mono_ns, end_mono_ns + _NMI_MAX_NS)
+        if not len(rows):
+            return []
+        rows = rows.where(rows["cpu"] == cpu)
+        out: list[IrqFrame] = []
+        for i, took in enumerate(rows.get("delta_ns", "nmi_handler").tolist()):
+            end = int(rows.time[i])
+            a, b = max(end - took, start_mono_ns, out[-1].end_mono_ns if out else start_mono_ns), min(end, end_mono_ns)
+            if 0 < took <= _NMI_MAX_NS and a < b:
+                out.append(IrqFrame(a, b, "nmi", "nmi", -1, (rows.id(i),)))
+        return out
 
     def context(self, cpu: int, time_mono_ns: int, seq: int) -> tuple[list[IrqFrame], bool]:
         """(interrupt frames around an event, outermost first; is that certain?). Uncertain: events are missing just before."""

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import orjson
 
-from causality.causes import CAPABILITY_OF, KINDS, Cause, collect, culprit_of, settle_convoys, without
+from causality.causes import CAPABILITY_OF, KINDS, Cause, collect, culprit_of, ranked, settle_convoys, without
 from causality.operations import Operation
 from causality.sentence import sentence
 from causality.tasks import Task
@@ -99,7 +99,7 @@ def build(
     assert sum(totals.values()) == duration, f"operation {operation.operation_id}: totals do not sum to the duration"
     status = status_of(operation, duration)
     woken = _woken_by(timeline, victim, start, end)
-    causes = collect(roots)
+    causes = ranked(collect(roots), duration, operation.deadline_ns)
     documents = [_cause(c, names, roots, duration, woken, victim) for c in causes]
     if failure is not None:
         documents.insert(0, _failure(failure, names, victim, duration))

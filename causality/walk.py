@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from causality.locks import Held, held_by
+from causality.running import Span, spans
 from causality.timeline import BLOCKED, RUNNABLE, RUNNING, Interval, Key, Syscall, Timeline
 from causality.window import Follow, Leaf, Who, Window
 from causality.window import Wait as MechanismWait
@@ -175,7 +176,9 @@ class Walk:
         return roots
 
     def _own(self, key: Key, lo: int, hi: int, interval: Interval) -> list[Root]:
-        """The victim's own running time, split where it enters and leaves the kernel."""
+        """The victim's own running time, split where it enters and leaves the kernel, and by what it did there."""
+        if self.timeline.task(*key).observer:
+            return [Root(lo, hi, "run.observer", "run", evidence=interval.evidence, cpu=interval.cpu)]
         rows = self.timeline.of_task_kinds(key[0], ("sys_enter", "sys_enter_futex", "sys_exit"), lo, hi)
         inside = self.timeline.in_kernel(key, lo)
         roots: list[Root] = []
@@ -187,6 +190,8 @@ class Walk:
             inside, at = rows.name(i) != "sys_exit", t
         if hi > at:
             roots.append(self._own_piece(at, hi, inside, interval))
+        for span in spans(self.timeline, self.window, key, lo, hi):
+            roots = _overlaid(roots, span, interval.cpu)
         return roots
 
     def _own_piece(self, lo: int, hi: int, inside: bool | None, interval: Interval) -> Root:
@@ -196,10 +201,12 @@ class Walk:
         return Root(lo, hi, label, "run", evidence=interval.evidence, cpu=interval.cpu)
 
     def _net_frames(self, cpu: int, lo: int, hi: int) -> list[tuple[int, int, tuple[str, str, tuple[str, ...]] | None]]:
-        """[lo, hi) on a CPU split by the innermost hard or soft interrupt frame (net values)."""
+        """[lo, hi) on a CPU split by the innermost non-maskable, hard or soft interrupt frame (net values)."""
         frames = [f for f in self.timeline.frames(cpu, lo, hi) if f.kind in ("hard", "soft")] if cpu >= 0 else []
+        frames += self.timeline.nmis(cpu, lo, hi) if cpu >= 0 else []
         if not frames:
             return [(lo, hi, None)]
+        frames.sort(key=lambda f: (f.start_mono_ns, -f.end_mono_ns))
         cuts = sorted({lo, hi, *(f.start_mono_ns for f in frames), *(f.end_mono_ns for f in frames)})
         out: list[tuple[int, int, tuple[str, str, tuple[str, ...]] | None]] = []
         begins = iter(frames)
@@ -213,7 +220,7 @@ class Walk:
                     stack.append(following)
                 following = next(begins, None)
             top = stack[-1] if stack else None
-            value = None if top is None else (f"irq.{'hard' if top.kind == 'hard' else 'soft'}", top.name, top.evidence)
+            value = None if top is None else (f"irq.{top.kind}", top.name, top.evidence)
             if out and out[-1][2] == value:
                 out[-1] = (out[-1][0], b, value)
             else:
@@ -539,6 +546,26 @@ class Walk:
         if any("BLOCK" in f for f in frames):
             return Root(lo, hi, "wait.disk.device", "leaf", evidence=evidence, confidence="inferred", kind="disk_slow")
         return Root(lo, hi, label, "unknown", evidence=evidence, confidence="inferred")
+
+
+def _overlaid(roots: list[Root], span: Span, cpu: int) -> list[Root]:
+    """Roots with the part that a span covers given to it."""
+    out: list[Root] = []
+    for root in roots:
+        a, b = max(root.start_mono_ns, span.start_mono_ns), min(root.end_mono_ns, span.end_mono_ns)
+        if a >= b:
+            out.append(root)
+            continue
+        out += clip([root], root.start_mono_ns, a)
+        mechanism = "run" if span.kind is None else "leaf"
+        out.append(
+            Root(
+                a, b, span.label, mechanism, span.culprit, evidence=span.evidence, confidence=span.confidence,
+                kind=span.kind, cpu=cpu,
+            )
+        )  # fmt: skip
+        out += clip([root], b, root.end_mono_ns)
+    return out
 
 
 def clip(roots: Sequence[Root], lo: int, hi: int) -> list[Root]:
