@@ -49,6 +49,7 @@ _FOR_EVER_NS: Final = (1 << 63) - 1
 # What the kernel reports in prev_state for a thread that is still runnable: nothing, or only "preempted" of the text format.
 _RUNNABLE_STATES: Final = (0, 256)
 _WOKEN: Final = (WAKING, WAKEUP, NEW)
+_FROZEN: Final = 0x8000
 _DEAD: Final = 0x10 | 0x20 | 0x80
 _FRAME_LOSSES: Final = ("", "sched", "irq", "softirq", "irq_vectors", "timers")
 _CHUNK: Final = 64
@@ -91,6 +92,7 @@ class Wake:
     evidence: tuple[str, ...]
     exact: bool = True  # a sched_waking; False: a sched_wakeup stood in
     certain: bool = True  # False: events are missing that could hide an interrupt around it
+    thaws: bool = False  # the woken thread was frozen where it slept
 
 
 @dataclass(frozen=True, slots=True)
@@ -917,9 +919,11 @@ class Timeline:
             names = ("hardirq",) if int(rows["flags"][i]) & FLAG_HARDIRQ else ("softirq",)
         waker = (tid, 0) if tid in (0, UNKNOWN_TID) else self.task_at(tid, time)
         self._tgids.setdefault(waker, int(rows["tgid"][i]))
+        waking = int(rows["kind"][i]) == _WAKING.number
+        thaws = waking and bool(int(_WAKING.get(_LazyColumns(rows), "state")[i]) & _FROZEN)
         return Wake(
             time, waker, cpu, names, (rows.id(i),),
-            exact=int(rows["kind"][i]) != BY_NAME["sched_wakeup"].number, certain=certain,
+            exact=int(rows["kind"][i]) != BY_NAME["sched_wakeup"].number, certain=certain, thaws=thaws,
         )  # fmt: skip
 
     # --- CPUs

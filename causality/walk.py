@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from causality.locks import Held, held_by
 from causality.running import Span, spans
-from causality.timeline import BLOCKED, RUNNABLE, RUNNING, Interval, Key, Syscall, Timeline
+from causality.timeline import BLOCKED, RUNNABLE, RUNNING, Interval, Key, Syscall, Timeline, Wake
 from causality.window import Follow, Leaf, Who, Window
 from causality.window import Wait as MechanismWait
 from causality.window import Wake as MechanismWake
@@ -323,6 +323,8 @@ class Walk:
         label = wait_label(call)
         if interval.prev_state & (_STOPPED | _FROZEN):
             return [self._stopped(key, interval, lo, hi)]
+        if interval.wake is not None and interval.wake.thaws and not interval.wake.frames:
+            return self._thawed(key, interval, interval.wake, call, lo, hi)
         if self._after_gap(interval):
             return (yield from self._woken(key, interval, call, lo, hi, depth))
         held = held_by(self.timeline, key, interval, call)
@@ -377,6 +379,19 @@ class Walk:
                 near = abs(again.futex["uaddr"] - call.futex["uaddr"]) <= _CONDITION_GROUP_BYTES
                 return (i, again) if near and i.start_mono_ns > interval.start_mono_ns else None
         return None
+
+    def _thawed(self, key: Key, interval: Interval, wake: Wake, call: Syscall | None, lo: int, hi: int) -> list[Root]:
+        """Frozen where it slept, without an event, until somebody thawed it: a sleep by its own timer ends when that was due,
+        and the rest is the freezer's."""
+        cut = lo
+        if call is not None and NAMES.get(call.nr) in _SLEEPS:
+            timers = self.timeline.of_task_kinds(key[0], ("hrtimer_start",), call.enter_mono_ns or lo, interval.start_mono_ns)
+            due = int(timers.get("expires_ns", "hrtimer_start")[-1]) if len(timers) else lo
+            cut = min(max(due, lo), hi)
+        evidence = (*interval.evidence, *wake.evidence)
+        stopped = Root(cut, hi, "wait.signal", "leaf", wake.waker, evidence=evidence, confidence="inferred", kind="stopped")
+        slept = Root(lo, cut, "wait.timer", "sleep", evidence=interval.evidence, confidence="inferred")
+        return [r for r in (slept, stopped) if r.ns > 0]
 
     def _stopped(self, key: Key, interval: Interval, lo: int, hi: int) -> Root:
         rows = self.timeline.matching("signal_generate", "tid", key[0], self.timeline.lo_mono_ns, interval.start_mono_ns + 1)

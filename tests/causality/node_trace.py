@@ -40,10 +40,10 @@ def switch(time, cpu, prev, following, *, state=1, preempt=0, **more):
     return (time, "sched_switch", prev, fields | more, cpu)
 
 
-def waking(time, cpu, waker, woken, *, target=None):
+def waking(time, cpu, waker, woken, *, target=None, **more):
     """`waker` ends the sleep of `woken`."""
     fields = {"tid": woken.tid, "tgid": woken.tgid, "start_boot_ns": woken.tid, "target_cpu": cpu if target is None else target}
-    return (time, "sched_waking", waker, fields, cpu)
+    return (time, "sched_waking", waker, fields | more, cpu)
 
 
 def futex(time, cpu, who, op, uaddr, **more):

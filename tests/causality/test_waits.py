@@ -141,3 +141,14 @@ def test_a_timed_wait_that_was_left_for_something_else_was_a_sleep():
         document = verdict(events, TASKS, PAY, 1 * MS, 13 * MS)
         slept = [c["ns"] for c in document["causes"] if c["kind"] == "own_sleep"]
         assert slept == [5 * MS]
+
+
+def test_who_is_frozen_asleep_was_stopped_from_when_its_timer_was_due_until_the_thaw():
+    timer = {"hrtimer": 1, "function": 2, "expires_ns": 41 * MS}
+    events = [
+        called(1 * MS, 0, PAY, 230), (1 * MS + 10, "hrtimer_start", PAY, timer, 0), switch(2 * MS, 0, PAY, IDLE),
+        waking(90 * MS, 1, PEER, PAY, target=0, state=0x8000), switch(90 * MS + 9, 0, IDLE, PAY, state=0),
+    ]  # fmt: skip
+    document = verdict(events, TASKS, PAY, 1 * MS, 91 * MS)
+    assert causes(document)[:2] == [("stopped", "accounts"), ("own_sleep", None)]
+    assert [c["ns"] for c in document["causes"][:2]] == [49 * MS, 39 * MS]
