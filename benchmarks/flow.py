@@ -160,24 +160,33 @@ class Flow:
         command = [sys.executable, "-m", "bytewax.run", "flows.causal", "-r", str(recovery), "-s", "1", "-b", "0"]
         self.process = subprocess.Popen(command, env=environment)
 
-    def count(self, metric: str) -> int:
-        """The sum of one counter over its labels; 0 while the process starts."""
+    def lines(self) -> list[str]:
+        """The metrics that it publishes; none while it starts."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=5) as answer:
-                lines = answer.read().decode().splitlines()
+                return list(answer.read().decode().splitlines())
         except OSError:
             if self.process.poll() is not None:
                 raise SystemExit(f"the flow ended with status {self.process.returncode}") from None
-            return 0
-        return int(sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{metric} ", f"{metric}{{"))))
+            return []
+
+    def value(self, metric: str, labels: str = "") -> float:
+        """The sum of one metric over all labels that contain `labels`."""
+        named = [line for line in self.lines() if line.startswith((f"{metric} ", f"{metric}{{")) and labels in line]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in named)
+
+    def count(self, metric: str) -> int:
+        """The sum of one counter over its labels; 0 while the process starts."""
+        return int(self.value(metric))
+
+    def buckets(self, metric: str, labels: str = "") -> list[tuple[float, float]]:
+        """(upper limit, how many are below) of a histogram."""
+        named = [line for line in self.lines() if line.startswith(f"{metric}_bucket{{") and labels in line]
+        return [(float(line.split('le="')[1].split('"')[0]), float(line.rsplit(" ", 1)[1])) for line in named]
 
     def serves(self) -> bool:
         """Whether the process has begun to read."""
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/healthz", timeout=5):
-                return True
-        except OSError:
-            return False
+        return bool(self.lines())
 
     def cpu_s(self) -> float:
         """CPU time that the process has used."""

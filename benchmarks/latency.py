@@ -5,8 +5,8 @@
 Slices of a real recording are sent as frames at the given rate, each moved on the time axis so that its last event happens
 when the frame is sent (what the probe gathers before, up to `probe.batch_linger_ms`, comes on top). Ten times a second a
 thread of the slice is announced as an operation. Measured: from the end of each causal edge, by its own kernel time, to its
-arrival at a consumer of the edges topic, for edges that end in the newest slice. The servers of `kprobe up` must run;
-topics and database are removed.
+arrival at a consumer of the edges topic. Printed beside it: where the time goes, hop by hop, from the flow's own metrics and
+the time-stamps of its messages. The servers of `kprobe up` must run; topics and database are removed.
 """
 
 import argparse
@@ -28,6 +28,15 @@ from sinks.topics import TopicWriter
 TICK_S = 0.05
 WARM_UP_S = 5.0
 BAR_S = 1.0
+HOPS = {
+    "frame made to frame folded": "kprobe_flow_frame_age_seconds",
+    "folding a batch": "kprobe_flow_fold_seconds",
+    "judging an operation": "kprobe_flow_judge_seconds",
+    "end of an epoch: topics": 'kprobe_flow_confirm_seconds{sink="topics"}',
+    "end of an epoch: raw rows": 'kprobe_flow_confirm_seconds{sink="clickhouse-rows"}',
+    "end of an epoch: ClickHouse documents": 'kprobe_flow_confirm_seconds{sink="clickhouse"}',
+    "end of an epoch: Neo4j": 'kprobe_flow_confirm_seconds{sink="neo4j"}',
+}
 
 
 class Sender(threading.Thread):
@@ -90,8 +99,8 @@ class Sender(threading.Thread):
         self._writer.send(self._names["raw"], "bench", data)
 
 
-def latencies(settings: Settings, topic: str, until: threading.Event) -> list[float]:
-    """Seconds from the end of each edge to its arrival here."""
+def latencies(settings: Settings, topic: str, until: threading.Event) -> list[tuple[float, float]]:
+    """Seconds from the end of each edge until the flow sent it, and to its arrival here."""
     from confluent_kafka import Consumer, TopicPartition
 
     options = {
@@ -108,7 +117,8 @@ def latencies(settings: Settings, topic: str, until: threading.Event) -> list[fl
         for message in consumer.consume(100, timeout=0.005):
             now_ns = time.monotonic_ns()
             if message.error() is None and now_ns > warm_s * 1e9:
-                found.append((now_ns - orjson.loads(message.value())["end_mono_ns"]) / 1e9)
+                total_s = (now_ns - orjson.loads(message.value())["end_mono_ns"]) / 1e9
+                found.append((total_s - (time.time() - message.timestamp()[1] / 1e3), total_s))
     consumer.close()
     return found
 
@@ -128,17 +138,18 @@ def main() -> None:
         try:
             sender = Sender(settings, names, tiles, arguments.rate, arguments.seconds + WARM_UP_S)
             found = measure(settings, names, flow, sender)
+            spent = hops(flow)
         finally:
             flow.end()
-    report(found, sender.sent / (arguments.seconds + WARM_UP_S), arguments.json)
+    report(found, spent, sender.sent / (arguments.seconds + WARM_UP_S), arguments.json)
 
 
-def measure(settings: Settings, names: dict[str, str], flow: Flow, sender: Sender) -> list[float]:
+def measure(settings: Settings, names: dict[str, str], flow: Flow, sender: Sender) -> list[tuple[float, float]]:
     """Send and receive until the sender is done and two seconds have passed."""
     while not flow.serves():
         time.sleep(0.1)
     done = threading.Event()
-    found: list[float] = []
+    found: list[tuple[float, float]] = []
     receiver = threading.Thread(target=lambda: found.extend(latencies(settings, names["edges"], done)))
     receiver.start()
     sender.start()
@@ -149,15 +160,34 @@ def measure(settings: Settings, names: dict[str, str], flow: Flow, sender: Sende
     return found
 
 
-def report(found: list[float], rate: float, path: Path | None) -> None:
-    """Print the table; write JSON."""
+def hops(flow: Flow) -> dict[str, dict[str, float]]:
+    """Mean, 99th percentile (the bucket's upper limit) and sum of the flow's own times, in seconds."""
+    found = {}
+    for what, metric in HOPS.items():
+        name, _, labels = metric.partition("{")
+        counts = flow.buckets(name, labels.rstrip("}"))
+        total = counts[-1][1] if counts else 0
+        p99 = next((limit for limit, count in counts if count >= 0.99 * total), 0.0)
+        spent_s = flow.value(f"{name}_sum", labels.rstrip("}"))
+        found[what] = {"count": total, "mean": spent_s / total if total else 0.0, "p99_below": p99, "sum": spent_s}
+    return found
+
+
+def report(found: list[tuple[float, float]], spent: dict[str, dict[str, float]], rate: float, path: Path | None) -> None:
+    """Print the tables; write JSON."""
     if not found:
         raise SystemExit("no edge arrived")
-    cuts = {f"p{p}": float(np.percentile(found, p)) for p in (50, 90, 99, 100)}
+    cuts = {f"p{p}": float(np.percentile([total for _, total in found], p)) for p in (50, 90, 99, 100)}
+    sent = {f"p{p}": float(np.percentile([until for until, _ in found], p)) for p in (50, 90, 99, 100)}
     print(f"{len(found)} edges at {rate / 1e3:.0f} k events/s, kernel event to edge on the topic, seconds:")
     print("   ".join(f"{name} {value:.3f}" for name, value in cuts.items()) + f"   bar p99 {BAR_S:.1f}")
+    print("until the flow sends it: " + "   ".join(f"{name} {value:.3f}" for name, value in sent.items()))
+    for what, hop in spent.items():
+        print(f"{what:44} {hop['count']:7.0f} x {1e3 * hop['mean']:8.1f} ms, 99 % below {hop['p99_below']:6.3f} s, "
+              f"{hop['sum']:6.2f} s in all")  # fmt: skip
     if path:
-        path.write_text(json.dumps({"edges": len(found), "events_per_s": rate, "latency_s": cuts}, indent=1))
+        document = {"edges": len(found), "events_per_s": rate, "latency_s": cuts, "sent_after_s": sent, "hops_s": spent}
+        path.write_text(json.dumps(document, indent=1))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ limits, number of workers or retention. Where retention had to forget part of th
 (completeness).
 """
 
+import heapq
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,13 +38,14 @@ from events.frames import Frame
 __all__ = ["EngineConfig", "FoldResult", "NodeEngine"]
 
 _NEVER: Final = 2**63 - 1
+_TIDIES: Final = 8  # a retention; each looks at every thread, loss and verdict held
 _HOLE_SLACK_NS: Final = 1_000_000  # numbers are taken before the time is: near the rim of a view a hole may be none
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Limits. `lookback_ns`: how far before an operation events may bear on it; `retention_ns`: how long events are held for
-    operations that are submitted late."""
+    operations that are submitted late; `hold_ns`: how long, at most, for an operation that has not ended."""
 
     lookback_ns: int = 10_000_000_000
     retention_ns: int = 120_000_000_000
@@ -51,6 +53,7 @@ class EngineConfig:
     max_depth: int = 64
     max_intervals: int = 50_000
     edges: bool = True  # derive closed wake edges in `fold`
+    hold_ns: int = 900_000_000_000
 
 
 @dataclass(slots=True)
@@ -119,6 +122,10 @@ class NodeEngine:
         self._recordings: dict[str, _Recording] = {}
         self._operations: dict[str, Operation] = {}
         self._judged: dict[str, tuple[Operation, str]] = {}
+        self._again: set[str] = set()  # judged, then touched by late events
+        self._due: list[tuple[int, str]] = []  # heap of (end, id); entries that an operation has outgrown are passed over
+        self._starts: list[tuple[int, str]] = []  # heap of (start, id), likewise
+        self._tidied_mono_ns = 0
         self._edges = EdgeFold()
         self._missing_frames = 0
         self._finished = False
@@ -176,12 +183,38 @@ class NodeEngine:
         )  # fmt: skip
 
     def _evict(self) -> None:
-        oldest = min((o.start_mono_ns for o in self._operations.values()), default=_NEVER)
-        horizon = min(oldest, self.watermark_mono_ns - self.config.retention_ns) - self.config.lookback_ns
+        now = self.watermark_mono_ns
+        horizon = min(max(self._oldest_start(), now - self.config.hold_ns), now - self.config.retention_ns)
+        horizon -= self.config.lookback_ns
         if horizon > 0 and not self._finished:
             self._log.evict(horizon)
-            self._losses = {k: x for k, x in self._losses.items() if x.end_mono_ns >= horizon}
-            self._judged = {k: v for k, v in self._judged.items() if (v[0].end_mono_ns or 0) >= horizon}
+            if horizon - self._tidied_mono_ns >= self.config.retention_ns // _TIDIES:
+                self._tidy(horizon)
+
+    def _oldest_start(self) -> int:
+        """When the earliest operation that is not judged began."""
+        while self._starts:
+            start, operation_id = self._starts[0]
+            operation = self._operations.get(operation_id)
+            if operation is not None and operation.start_mono_ns == start:
+                return start
+            heapq.heappop(self._starts)
+        return _NEVER
+
+    def _tidy(self, horizon: int) -> None:
+        """Forget what no verdict can ask for: a flow runs for weeks, and threads, losses and recordings come and go."""
+        self._tidied_mono_ns = horizon
+        self._losses = {k: x for k, x in self._losses.items() if x.end_mono_ns >= horizon}
+        self._judged = {k: v for k, v in self._judged.items() if (v[0].end_mono_ns or 0) >= horizon}
+        self._again &= self._judged.keys()
+        self._tasks.forget(horizon)
+        began = {name: int(s.get("started_mono_ns", 0)) for name, s in self._sessions.items()}
+        latest = max((t for t in began.values() if t < horizon), default=0)
+        over = {name for name, t in began.items() if t < latest}
+        self._sessions = {name: s for name, s in self._sessions.items() if name not in over}
+        self._recordings = {
+            name: r for name, r in self._recordings.items() if name not in over or r.watermark_mono_ns >= horizon
+        }
 
     def finish(self) -> FoldResult:
         """The input has ended: everything held is final."""
@@ -199,33 +232,80 @@ class NodeEngine:
         """Operations to judge once the watermark has passed their end. The same id again replaces the earlier one."""
         for operation in operations:
             self._operations[operation.operation_id] = operation
+            heapq.heappush(self._starts, (operation.start_mono_ns, operation.operation_id))
+            if operation.end_mono_ns is not None:
+                heapq.heappush(self._due, (operation.end_mono_ns, operation.operation_id))
 
     def ready(self) -> list[dict[str, Any]]:
         """Final verdicts of operations that ended before the watermark, by (end, id); and corrected ones after late events."""
-        limit = _NEVER if self._finished else self.watermark_mono_ns
-        ended = [o for o in self._operations.values() if o.end_mono_ns is not None]
-        due = [o for o in ended if self._finished or (o.end_mono_ns or 0) < limit]
-        late = self._log.late_since_mono_ns
-        again = []
-        if late is not None:
-            again = [o for o, _ in self._judged.values() if (o.end_mono_ns or 0) >= late]
-            self._log.late_since_mono_ns = None
         verdicts = []
-        for operation in sorted([*due, *again], key=lambda o: (o.end_mono_ns or 0, o.operation_id)):
-            verdict = self.judge(operation)
-            before = self._judged.get(operation.operation_id)
-            if before is None or before[1] != verdict["hash"] or before[0] != operation:
+        while (operation := self.next_due()) is not None:
+            verdict = self.settle(operation)
+            if verdict is not None:
                 verdicts.append(verdict)
-            self._judged[operation.operation_id] = (operation, verdict["hash"])
-            self._operations.pop(operation.operation_id, None)
         return verdicts
+
+    def next_due(self) -> Operation | None:
+        """The operation whose turn it is to be settled, or None. Asking takes it off the list: settle it."""
+        self._recall()
+        limit = _NEVER + 1 if self._finished else self.watermark_mono_ns
+        while self._due and self._due[0][0] < limit:
+            end, operation_id = heapq.heappop(self._due)
+            operation = self._operations.get(operation_id)
+            if operation is None and operation_id in self._again:
+                operation = self._judged[operation_id][0]
+            if operation is not None and operation.end_mono_ns == end:
+                return operation
+        return None
+
+    def settle(self, operation: Operation) -> dict[str, Any] | None:
+        """The final verdict of an operation that is due; None if it was judged before and late events changed nothing."""
+        self._operations.pop(operation.operation_id, None)
+        self._again.discard(operation.operation_id)
+        verdict = self.judge(operation)
+        before = self._judged.get(operation.operation_id)
+        self._judged[operation.operation_id] = (operation, verdict["hash"])
+        unchanged = before is not None and before[1] == verdict["hash"] and before[0] == operation
+        return None if unchanged else verdict
+
+    def due_since_mono_ns(self) -> int | None:
+        """The end of an operation that is due (the earliest); None if there is none."""
+        self._recall()
+        limit = _NEVER + 1 if self._finished else self.watermark_mono_ns
+        return self._due[0][0] if self._due and self._due[0][0] < limit else None
+
+    def waits_for(self, operation_id: str) -> bool:
+        """Whether a submitted operation is not judged yet."""
+        return operation_id in self._operations
+
+    def give_up(self, operation_id: str) -> None:
+        """Forget an operation that was submitted and not judged."""
+        self._operations.pop(operation_id, None)
+
+    def forget_events(self) -> None:
+        """Forget all events before the watermark; a verdict that would need them says that they are gone."""
+        self._log.evict(self.watermark_mono_ns)
+
+    def _recall(self) -> None:
+        """Late events: the verdicts that they can change are due again."""
+        late, self._log.late_since_mono_ns = self._log.late_since_mono_ns, None
+        if late is None:
+            return
+        for operation_id, (operation, _) in self._judged.items():
+            if (operation.end_mono_ns or 0) >= late and operation_id not in self._again:
+                self._again.add(operation_id)
+                heapq.heappush(self._due, (operation.end_mono_ns or 0, operation_id))
 
     def provisional(self) -> list[dict[str, Any]]:
         """Verdicts, as of the watermark, of operations that began before it and have not ended by then."""
         now = self.watermark_mono_ns
-        begun = [o for o in self._operations.values() if o.start_mono_ns < now]
-        still = [o for o in begun if o.end_mono_ns is None or o.end_mono_ns >= now]
-        return [self.judge(o, until_mono_ns=now) for o in sorted(still, key=lambda o: (o.start_mono_ns, o.operation_id))]
+        return [self.judge(o, until_mono_ns=now) for o in self.open_operations() if o.start_mono_ns < now]
+
+    def open_operations(self) -> list[Operation]:
+        """Operations that had not ended at the watermark, by (start, id)."""
+        now = self.watermark_mono_ns
+        still = [o for o in self._operations.values() if o.end_mono_ns is None or o.end_mono_ns >= now]
+        return sorted(still, key=lambda o: (o.start_mono_ns, o.operation_id))
 
     def judge(self, operation: Operation, *, until_mono_ns: int | None = None) -> dict[str, Any]:
         """The verdict of an operation on the events held now."""
@@ -312,7 +392,7 @@ class NodeEngine:
             "node": self.node, "boot_id": self.boot_id, "config": self.config, "events": self._log.dump(),
             "sealed": self._log.sealed_mono_ns, "evicted": self._log.evicted_mono_ns, "tasks": self._tasks.dump(),
             "losses": self._losses, "sessions": self._sessions, "recordings": self._recordings,
-            "operations": self._operations, "judged": self._judged, "edges": self._edges,
+            "operations": self._operations, "judged": self._judged, "again": self._again, "edges": self._edges,
             "counters": (self._log.late_events, self._log.duplicate_events, self._missing_frames),
         }  # fmt: skip
         return pickle.dumps(state)
@@ -324,16 +404,17 @@ class NodeEngine:
             "sealed": -1, "evicted": max(self._log.evicted_mono_ns, horizon), "tasks": self._tasks.dump(),
             "losses": self._losses, "sessions": self._sessions,
             "recordings": {name: _Recording(expected=None) for name in self._recordings},
-            "operations": self._operations, "judged": self._judged, "edges": EdgeFold(),
+            "operations": self._operations, "judged": self._judged, "again": self._again, "edges": EdgeFold(),
             "counters": (self._log.late_events, self._log.duplicate_events, self._missing_frames),
         }  # fmt: skip
         return pickle.dumps(state)
 
     @classmethod
-    def restore(cls, data: bytes) -> "NodeEngine":
-        """The engine that `snapshot` described. The bytes must come from an own store: they are trusted."""
+    def restore(cls, data: bytes, config: EngineConfig | None = None) -> "NodeEngine":
+        """The engine that `snapshot` described, perhaps with other limits. The bytes must come from an own store: they are
+        trusted."""
         state = pickle.loads(data)
-        engine = cls(state["node"], state["boot_id"], state["config"])
+        engine = cls(state["node"], state["boot_id"], config or state["config"])
         for columns in state["events"]:
             engine._log.add(columns)
         engine._log.seal(state["sealed"])
@@ -342,7 +423,11 @@ class NodeEngine:
             engine._tasks.add(row)
         engine._losses, engine._sessions = state["losses"], state["sessions"]
         engine._recordings, engine._edges = state["recordings"], state["edges"]
-        engine._operations, engine._judged = state["operations"], state["judged"]
+        engine._judged = state["judged"]
+        engine.submit(state["operations"].values())
+        for operation_id in state.get("again", ()):
+            engine._again.add(operation_id)
+            heapq.heappush(engine._due, (engine._judged[operation_id][0].end_mono_ns or 0, operation_id))
         engine._log.late_events, engine._log.duplicate_events, engine._missing_frames = state["counters"]
         return engine
 

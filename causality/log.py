@@ -360,9 +360,22 @@ class EventLog:
         return sum(1 for s in self.segments if s.last_mono_ns < time_mono_ns)
 
     def evict(self, before_mono_ns: int) -> None:
-        """Forget whole segments that end before a time."""
+        """Forget what is older than a time: whole segments, and the older part of one if that is more than half of it."""
         while self.segments and self.segments[0].last_mono_ns < before_mono_ns:
             self.evicted_mono_ns = self.segments.pop(0).last_mono_ns
+        if self.segments:
+            first = self.segments[0]
+            old = int(np.searchsorted(first.time, before_mono_ns))
+            if 2 * old > len(first):
+                self.evicted_mono_ns = int(first.time[old - 1])
+                self.segments[0] = Segment({n: c[old:].copy() for n, c in first.columns.items()})
+            return
+        gone = 0
+        while gone < len(self._tail) and int(self._tail[gone]["time_mono_ns"][-1]) < before_mono_ns:
+            self.evicted_mono_ns = int(self._tail[gone]["time_mono_ns"][-1])
+            self._tail_rows -= len(self._tail[gone]["time_mono_ns"])
+            gone += 1
+        del self._tail[:gone]
 
     def dump(self) -> list[Columns]:
         """All events held, sealed and pending, for a snapshot of the engine."""

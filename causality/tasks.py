@@ -17,6 +17,8 @@ _FACTS: Final = (
     "watched", "prio", "policy",
 )  # fmt: skip
 
+_Row = tuple[int, str, dict[str, Any]]  # time, canonical text, facts
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -43,7 +45,7 @@ class TaskTable:
     """All task rows of one node, by tid."""
 
     def __init__(self) -> None:
-        self._rows: dict[int, list[tuple[int, str, dict[str, Any]]]] = {}
+        self._rows: dict[int, list[_Row]] = {}
         self._sorted: set[int] = set()
 
     def fold(self, batch: pa.RecordBatch) -> None:
@@ -58,7 +60,11 @@ class TaskTable:
         self._rows.setdefault(tid, []).append((int(facts["time_mono_ns"]), repr(sorted(facts.items())), facts))
         self._sorted.discard(tid)
 
-    def _of(self, tid: int) -> list[tuple[int, str, dict[str, Any]]]:
+    def __len__(self) -> int:
+        """Rows held."""
+        return sum(map(len, self._rows.values()))
+
+    def _of(self, tid: int) -> list[_Row]:
         rows = self._rows.get(tid, [])
         if tid not in self._sorted and rows:
             unique = {text: (t, text, facts) for t, text, facts in rows}
@@ -71,7 +77,9 @@ class TaskTable:
         seen: dict[int, int] = {}
         for t, _, facts in self._of(tid):
             if t <= until_mono_ns:
-                seen.setdefault(int(facts.get("start_boot_ns", 0)), t)
+                told = int(facts.get("told_mono_ns", t))
+                start = int(facts.get("start_boot_ns", 0))
+                seen[start] = min(told, seen.get(start, told))
         return sorted(seen.items())
 
     def look_up(self, tid: int, start_boot_ns: int, until_mono_ns: int) -> dict[str, Any]:
@@ -101,18 +109,41 @@ class TaskTable:
         return self._rows.keys()
 
     def forget(self, before_mono_ns: int) -> None:
-        """Drop lives that ended before a time."""
+        """Drop lives that ended before a time, and let one row say what all rows of a life before that time say together.
+
+        What is asked about later times stays the same. A life has ended where an exit row says so, or a later life of its tid.
+        """
         for tid in list(self._rows):
             rows = self._of(tid)
-            ended = {int(f.get("start_boot_ns", 0)) for t, _, f in rows if f.get("reason") == "exit" and t < before_mono_ns}
-            if not ended:
+            if rows[0][0] >= before_mono_ns:
                 continue
-            kept = [r for r in rows if int(r[2].get("start_boot_ns", 0)) not in ended]
+            ended = {_start(f) for t, _, f in rows if f.get("reason") == "exit" and t < before_mono_ns}
+            told = [_start(f) for t, _, f in rows if t < before_mono_ns]
+            ended |= {start for start in told if 0 < start < max(told)}
+            kept = _merged([r for r in rows if _start(r[2]) not in ended], before_mono_ns)
             if kept:
                 self._rows[tid] = kept
             else:
                 del self._rows[tid]
+                self._sorted.discard(tid)
 
     def dump(self) -> list[dict[str, Any]]:
         """All rows, for a snapshot of the engine."""
         return [facts for rows in self._rows.values() for _, _, facts in rows]
+
+
+def _start(facts: Mapping[str, Any]) -> int:
+    return int(facts.get("start_boot_ns", 0))
+
+
+def _merged(rows: list[_Row], before_mono_ns: int) -> list[_Row]:
+    """Rows older than a time joined with their successor of the same life. The joined row stands at the later time, so that
+    an older row that arrives once more is overruled by it as before; since when the life is known goes with it."""
+    out: list[_Row] = []
+    for time, text, facts in rows:
+        if time < before_mono_ns and out and _start(out[-1][2]) == _start(facts):
+            first, _, earlier = out.pop()
+            facts = {**earlier, **facts, "told_mono_ns": earlier.get("told_mono_ns", first)}
+            text = repr(sorted(facts.items()))
+        out.append((time, text, facts))
+    return out

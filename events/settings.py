@@ -89,6 +89,8 @@ class FlowSettings(_Section):
     group: str = "kprobe-causal"
     start: Literal["earliest", "latest"] = "earliest"  # only when there is no stored position
     retention_s: float = Field(default=120.0, gt=0)
+    hold_s: float = Field(default=900.0, gt=0)  # for an operation that has not ended; then it is given up
+    provisional_s: float = Field(default=1.0, ge=0)  # an open operation is judged after 1, 2, 4, ... of it; 0: only at its end
     raw_rows: bool = True
     neo4j: bool = True
     listen: str = "127.0.0.1:9465"

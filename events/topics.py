@@ -6,6 +6,7 @@ __all__ = [
     "DEADLETTER_TOPIC",
     "EDGES_TOPIC",
     "EDGE_SCHEMA",
+    "NODE_SCHEMA",
     "OPERATIONS_TOPIC",
     "OPERATION_SCHEMA",
     "RAW_TOPIC",
@@ -19,6 +20,7 @@ EDGES_TOPIC: Final = "kprobe.edges.v1"  # JSON; key = operation id
 VERDICTS_TOPIC: Final = "kprobe.verdicts.v1"  # JSON; key = operation id
 DEADLETTER_TOPIC: Final = "kprobe.deadletter.v1"  # the original bytes; headers: reason, topic, partition, offset
 
+NODE_SCHEMA: Final = "kprobe.node/1"  # on the operations topic: a flow process has seen this node
 OPERATION_SCHEMA: Final = "kprobe.operation/1"
 EDGE_SCHEMA: Final = "kprobe.edge/1"
 VERDICT_SCHEMA: Final = "kprobe.verdict/1"

@@ -32,12 +32,13 @@ from causality.engine import EngineConfig
 from causality.operations import from_row
 from events.errors import FrameError, InputError
 from events.settings import Settings, load
+from events.topics import NODE_SCHEMA
 from flows import shutdown
 from flows.judge import Item, ShardLogic
 from flows.kafka_source import Gate, TopicSource
 from flows.messages import DeadLetter, FrameMessage, Judgement, Message, NodeSeen, Submission
 from flows.metrics import FlowMetrics, serve
-from flows.shards import SHARDS, shard_of
+from flows.shards import SHARDS, Share, shard_of
 from flows.sinks import DOCUMENTS, Documents, Graph, RawRows, Sink, Topics, migrate
 
 __all__ = ["FLOW_ID", "build"]
@@ -73,6 +74,7 @@ def build(settings: Settings, metrics: FlowMetrics | None = None) -> Dataflow:
     """The dataflow for these settings. Nothing is opened until it runs."""
     metrics = metrics or FlowMetrics()
     flow, gate = Dataflow(FLOW_ID), Gate()
+    share = Share(settings.flow.processes, settings.flow.process)
     source = partial(
         TopicSource, kafka=settings.kafka, flow=settings.flow, metrics=metrics, gate=gate, on_start=_starter(settings, metrics)
     )
@@ -80,14 +82,17 @@ def build(settings: Settings, metrics: FlowMetrics | None = None) -> Dataflow:
     raw = op.input(
         "raw",
         flow,
-        source(settings.flow.raw_topic, clock=_clock, rewind_margin_ns=_REWIND_MARGIN_NS, waits=True, shared=True),
-    )
+        source(
+            settings.flow.raw_topic, clock=_clock, rewind_margin_ns=_REWIND_MARGIN_NS, waits=True, shared=True,
+            on_partitions=partial(setattr, share, "partitions"),
+        ),
+    )  # fmt: skip
 
     parsed = op.flat_map_batch("parse", operations, partial(parse, metrics=metrics))
     decoded = op.flat_map_batch("decode", raw, partial(decode, metrics=metrics))
     submissions = op.flat_map_batch("route-operations", parsed, _route_operations)
     frames = op.flat_map_batch("route-frames", decoded, _FrameRouter())
-    judged = op.stateful_batch("judge", op.merge("inputs", submissions, frames), _JudgeBuilder(settings, metrics))
+    judged = op.stateful_batch("judge", op.merge("inputs", submissions, frames), _JudgeBuilder(settings, metrics, share))
     outputs = op.flat_map_batch("outputs", judged, _only_outputs)
     _write(settings, metrics, parsed=parsed, decoded=decoded, outputs=outputs)
     return flow
@@ -97,17 +102,20 @@ def _write(settings: Settings, metrics: FlowMetrics, *, parsed: Any, decoded: An
     """The sinks."""
     dead_operations = op.flat_map_batch("dead-operations", parsed, _only_dead)
     dead_frames = op.flat_map_batch("dead-frames", decoded, _only_dead)
-    op.output("topics", op.merge("messages", dead_operations, dead_frames, outputs), Sink(partial(Topics, settings)))
+    messages = [dead_operations, dead_frames, outputs]
+    if settings.flow.processes > 1:
+        messages.append(op.flat_map_batch("announce", decoded, _Announcer()))
+    op.output("topics", op.merge("messages", *messages), Sink(partial(Topics, settings), metrics=metrics))
     if settings.flow.raw_rows:
         rows = op.flat_map_batch("rows", decoded, _rows)
-        op.output("clickhouse-rows", rows, Sink(partial(RawRows, settings, metrics), _ROW_PARTS))
+        op.output("clickhouse-rows", rows, Sink(partial(RawRows, settings, metrics), _ROW_PARTS, metrics=metrics))
     if settings.flow.stores:
         judgements = op.flat_map_batch("judgements", outputs, _only_judgements)
         announced = op.flat_map_batch("announced", parsed, _announced)
         documents = op.merge("documents", judgements, announced)
-        op.output("clickhouse", documents, Sink(partial(Documents, settings, metrics)))
+        op.output("clickhouse", documents, Sink(partial(Documents, settings, metrics), metrics=metrics))
         if settings.flow.neo4j:
-            op.output("neo4j", judgements, Sink(partial(Graph, settings)))
+            op.output("neo4j", judgements, Sink(partial(Graph, settings), metrics=metrics))
 
 
 def _starter(settings: Settings, metrics: FlowMetrics) -> Callable[[], None]:
@@ -137,11 +145,14 @@ def decode(messages: list[Message], metrics: FlowMetrics) -> Iterable[FrameMessa
                 yield _dead(message, str(error), metrics)
 
 
-def parse(messages: list[Message], metrics: FlowMetrics) -> Iterable[Submission | DeadLetter]:
-    """Each message as an operation, or as a dead letter. The key names the node if the document does not."""
+def parse(messages: list[Message], metrics: FlowMetrics) -> Iterable[Submission | NodeSeen | DeadLetter]:
+    """Each message as an operation, as another flow process's word that it has seen a node, or as a dead letter."""
     for message in messages:
         try:
             row = orjson.loads(message.value)
+            if isinstance(row, dict) and row.get("schema") == NODE_SCHEMA and isinstance(row.get("node"), str):
+                yield NodeSeen(row["node"])
+                continue
             yield Submission(from_row(row, "operation"), message)
         except (InputError, orjson.JSONDecodeError) as error:
             yield _dead(message, f"not an operation: {error}", metrics)
@@ -178,10 +189,26 @@ class _FrameRouter:
                 yield shard_of(node), item
 
 
-def _route_operations(items: list[Submission | DeadLetter]) -> Iterable[tuple[str, Item]]:
-    """An operation to the shard of its node; one without a node to all."""
+class _Announcer:
+    """Tells the other processes of each node whose frames this one reads: an operation may leave its node out where there is
+    only one, and one of a node that nobody knows is refused."""
+
+    def __init__(self) -> None:
+        self._nodes: set[str] = set()
+
+    def __call__(self, items: list[FrameMessage | DeadLetter]) -> Iterable[tuple[str, NodeSeen]]:
+        nodes = {item.frame.node for item in items if isinstance(item, FrameMessage)}
+        for node in sorted(nodes - self._nodes):
+            self._nodes.add(node)
+            yield DOCUMENTS, NodeSeen(node)
+
+
+def _route_operations(items: list[Submission | NodeSeen | DeadLetter]) -> Iterable[tuple[str, Item]]:
+    """An operation to the shard of its node; one without a node to all, and so is a node."""
     for item in items:
-        if isinstance(item, Submission):
+        if isinstance(item, NodeSeen):
+            yield from ((shard, item) for shard in SHARDS)
+        elif isinstance(item, Submission):
             node = item.operation.node
             yield from ((shard, item) for shard in ([shard_of(node)] if node else SHARDS))
 
@@ -189,13 +216,13 @@ def _route_operations(items: list[Submission | DeadLetter]) -> Iterable[tuple[st
 class _JudgeBuilder:
     """Bytewax asks for the logic of a shard with its state alone; the shard's name is only for metrics."""
 
-    def __init__(self, settings: Settings, metrics: FlowMetrics) -> None:
-        self._settings, self._metrics = settings, metrics
+    def __init__(self, settings: Settings, metrics: FlowMetrics, share: Share) -> None:
+        self._settings, self._metrics, self._share = settings, metrics, share
         self._count = 0
 
     def __call__(self, resume: bytes | None) -> ShardLogic:
         self._count += 1
-        return ShardLogic(str(self._count), self._settings.flow, self._metrics, resume)
+        return ShardLogic(str(self._count), self._settings.flow, self._metrics, resume, self._share.owns)
 
 
 def _only_outputs(items: list[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
@@ -210,7 +237,7 @@ def _only_judgements(items: list[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
     return [(DOCUMENTS, item) for _, item in items if isinstance(item, Judgement)]
 
 
-def _announced(items: list[Submission | DeadLetter]) -> Iterable[tuple[str, Any]]:
+def _announced(items: list[Submission | NodeSeen | DeadLetter]) -> Iterable[tuple[str, Any]]:
     return [(DOCUMENTS, item) for item in items if isinstance(item, Submission)]
 
 

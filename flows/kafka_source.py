@@ -159,6 +159,7 @@ class TopicSource(FixedPartitionedSource[Message, Position]):
     waits: bool = False  # held back by the gate, instead of being what the gate waits for
     shared: bool = False
     on_start: Callable[[], None] = field(default=lambda: None)
+    on_partitions: Callable[[int], None] = field(default=lambda _: None)
 
     def list_parts(self) -> list[str]:
         """The partitions there are now. Raises StoreError if the topic or the broker is missing."""
@@ -167,6 +168,7 @@ class TopicSource(FixedPartitionedSource[Message, Position]):
             partitions = _partitions_of(consumer, self.topic, self.kafka.bootstrap_servers)
         finally:
             consumer.close()
+        self.on_partitions(len(partitions))
         if not self.waits:
             self.gate.expect(len(partitions))
         if self.shared:

@@ -14,11 +14,13 @@ import time
 from typing import Any, Final
 
 import orjson
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from events.errors import ConfigError
 
 __all__ = ["STALL_LIMIT_S", "FlowMetrics", "serve"]
+
+_BUCKETS_S: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 STALL_LIMIT_S: Final = 120.0
 
@@ -48,6 +50,11 @@ class FlowMetrics:
         self.dead_letters = Counter("kprobe_flow_dead_letters", "Messages that could not be used", ["topic"], registry=r)
         self.rows = Counter("kprobe_flow_rows", "Rows written to ClickHouse", ["table"], registry=r)
         self.snapshot_bytes = Gauge("kprobe_flow_snapshot_bytes", "Size of the last snapshot", ["shard"], registry=r)
+        seconds: dict[str, Any] = {"registry": r, "buckets": _BUCKETS_S}
+        self.age = Histogram("kprobe_flow_frame_age_seconds", "From making a frame to folding it, by wall clocks", **seconds)
+        self.fold = Histogram("kprobe_flow_fold_seconds", "Folding a batch of frames", **seconds)
+        self.judge = Histogram("kprobe_flow_judge_seconds", "Judging an operation", **seconds)
+        self.confirm = Histogram("kprobe_flow_confirm_seconds", "Waiting for a store at an epoch's end", ["sink"], **seconds)
         self._alive_mono_s = time.monotonic()
 
     def alive(self) -> None:

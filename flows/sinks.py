@@ -27,8 +27,8 @@ from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
 
 from events.records import EVENT_COLUMNS, columns_to_arrow
 from events.settings import FlowSettings, Settings
-from events.topics import EDGE_SCHEMA
-from flows.messages import DeadLetter, FrameMessage, Judgement, Submission
+from events.topics import EDGE_SCHEMA, NODE_SCHEMA
+from flows.messages import DeadLetter, FrameMessage, Judgement, NodeSeen, Submission
 from flows.metrics import FlowMetrics
 
 __all__ = ["DOCUMENTS", "Documents", "Graph", "RawRows", "Sink", "Topics", "Writer"]
@@ -60,9 +60,10 @@ class Sink(FixedPartitionedSink[T, None], Generic[T]):
     A writer is opened with the first item, so that a partition without items costs no connection.
     """
 
-    def __init__(self, open_writer: Callable[[], Writer[T]], parts: int = 1) -> None:
+    def __init__(self, open_writer: Callable[[], Writer[T]], parts: int = 1, *, metrics: FlowMetrics) -> None:
         self._open_writer = open_writer
         self._parts = parts
+        self._metrics = metrics
 
     def list_parts(self) -> list[str]:
         """The same on every worker."""
@@ -72,14 +73,14 @@ class Sink(FixedPartitionedSink[T, None], Generic[T]):
         """The partition of a key."""
         return int(item_key) % self._parts
 
-    def build_part(self, _step_id: str, _for_part: str, _resume_state: None) -> "_Part[T]":
+    def build_part(self, step_id: str, _for_part: str, _resume_state: None) -> "_Part[T]":
         """One partition. It has no state: what is stored is stored."""
-        return _Part(self._open_writer)
+        return _Part(self._open_writer, self._metrics.confirm.labels(step_id.rpartition(".")[2]))
 
 
 class _Part(StatefulSinkPartition[T, None], Generic[T]):
-    def __init__(self, open_writer: Callable[[], Writer[T]]) -> None:
-        self._open_writer = open_writer
+    def __init__(self, open_writer: Callable[[], Writer[T]], confirm: Any) -> None:
+        self._open_writer, self._confirm = open_writer, confirm
         self._writer: Writer[T] | None = None
 
     def write_batch(self, values: list[T]) -> None:
@@ -89,7 +90,8 @@ class _Part(StatefulSinkPartition[T, None], Generic[T]):
 
     def snapshot(self) -> None:
         if self._writer is not None:
-            self._writer.confirm()
+            with self._confirm.time():
+                self._writer.confirm()
 
     def close(self) -> None:
         if self._writer is not None:
@@ -226,7 +228,8 @@ class Documents:
     def confirm(self) -> None:
         """Insert what was gathered."""
         items, self._items = self._items, []
-        judged = [i for i in items if isinstance(i, Judgement)]
+        # One verdict an operation: rows of one insert have one time, and the latest time is what counts.
+        judged = list({i.key: i for i in items if isinstance(i, Judgement)}.values())
         edges = [e for j in judged for e in j.edges]
         operations = [i.operation.row() for i in items if isinstance(i, Submission)]
         for table, rows, insert in (
@@ -279,11 +282,15 @@ class Topics:
         self._flow: FlowSettings = settings.flow
         self._writer = TopicWriter(settings.kafka, **{"linger.ms": 5})
 
-    def write(self, items: Sequence[Judgement | DeadLetter]) -> None:
+    def write(self, items: Sequence[Judgement | DeadLetter | NodeSeen]) -> None:
         """Send; edges before their verdict."""
         for item in items:
             if isinstance(item, DeadLetter):
                 self._send_dead_letter(item)
+                continue
+            if isinstance(item, NodeSeen):
+                seen = orjson.dumps({"schema": NODE_SCHEMA, "node": item.node})
+                self._writer.send(self._flow.operations_topic, item.node, seen)
                 continue
             for edge in item.edges:
                 self._writer.send(self._flow.edges_topic, item.key, orjson.dumps({"schema": EDGE_SCHEMA, **edge}))
