@@ -25,7 +25,7 @@ def why(
     import orjson
 
     from cli.listing import write_line
-    from cli.render import verdict_text, wants_colour
+    from cli.render import format_ns, verdict_text, wants_colour
 
     document = fetch_verdict(operation)
     verdict = orjson.loads(document)
@@ -33,6 +33,8 @@ def why(
         write_line(document)
     else:
         print(verdict_text(verdict, colour=wants_colour(sys.stdout)), end="")
+        if verdict.get("provisional"):
+            print(f"PROVISIONAL: it has not ended; this is what is known as of {format_ns(verdict['duration_ns'])} of it")
     if not verdict["completeness"]["complete"]:
         raise typer.Exit(3)
 

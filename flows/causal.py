@@ -115,7 +115,8 @@ def _write(settings: Settings, metrics: FlowMetrics, *, parsed: Any, decoded: An
         documents = op.merge("documents", judgements, announced)
         op.output("clickhouse", documents, Sink(partial(Documents, settings, metrics), metrics=metrics))
         if settings.flow.neo4j:
-            op.output("neo4j", judgements, Sink(partial(Graph, settings), metrics=metrics))
+            final = op.flat_map_batch("final", judgements, _only_final)
+            op.output("neo4j", final, Sink(partial(Graph, settings), metrics=metrics))
 
 
 def _starter(settings: Settings, metrics: FlowMetrics) -> Callable[[], None]:
@@ -235,6 +236,10 @@ def _only_dead(items: list[Any]) -> Iterable[tuple[str, Any]]:
 
 def _only_judgements(items: list[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
     return [(DOCUMENTS, item) for _, item in items if isinstance(item, Judgement)]
+
+
+def _only_final(items: list[tuple[str, Judgement]]) -> Iterable[tuple[str, Judgement]]:
+    return [(key, item) for key, item in items if not item.verdict["provisional"]]
 
 
 def _announced(items: list[Submission | NodeSeen | DeadLetter]) -> Iterable[tuple[str, Any]]:
