@@ -48,9 +48,10 @@ def _copy(history: Any, graph: Any) -> int:
 
     count, after = 0, ""
     while page := history.documents(after, _PAGE):
-        verdicts = [orjson.loads(document) for _, document in page]
+        # What has not ended is not in the graph, as in the flow.
+        verdicts = [v for v in (orjson.loads(document) for _, document in page) if not v.get("provisional")]
         graph.write(verdicts, [edge for verdict in verdicts for edge in edges_of(verdict)])
-        count, after = count + len(page), page[-1][0]
+        count, after = count + len(verdicts), page[-1][0]
         if sys.stderr.isatty():
             print(f"\r{count} verdicts", end="", file=sys.stderr, flush=True)
     if sys.stderr.isatty():

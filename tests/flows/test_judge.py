@@ -16,6 +16,7 @@ from flows.messages import DeadLetter, FrameMessage, Judgement, Message, NodeSee
 from flows.metrics import FlowMetrics
 from flows.shards import Share, _murmur2
 
+
 def submission(**row):
     base = {"type": "t", "node": "node-a", "deadline_ns": 5000, "outcome": ""}
     return Submission(from_row(base | row), Message("operations", 0, 0, b"", json.dumps(row).encode(), 0))
