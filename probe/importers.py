@@ -89,6 +89,11 @@ def _u64(value: int) -> int:
     return value & (1 << 64) - 1
 
 
+def _must_be_tid(tid: int) -> None:
+    if not 0 <= tid < UNKNOWN_TID:
+        raise ValueError(f"thread id {tid} is none")
+
+
 @dataclass(slots=True)
 class _Life:
     """One life of one thread, as far as the trace has told it."""
@@ -182,6 +187,7 @@ class _Tasks:
 
     def life(self, tid: int, time_ns: int, comm: str | None = None, hint: str | None = None) -> _Life:
         """The life that `tid` has at `time_ns`; a dead thread that appears again is another one."""
+        _must_be_tid(tid)
         life = self._lives.get(tid)
         if life is None or (life.dead and tid):
             life = self._begin(tid, self._start(life, time_ns), comm or "", time_ns, "snapshot", None)
@@ -193,6 +199,7 @@ class _Tasks:
 
     def fork(self, parent: _Life, tid: int, time_ns: int, comm: str) -> _Life:
         """The life that begins with a fork."""
+        _must_be_tid(tid)
         known = self._lives.get(tid)
         if known is not None and known.forked_ns == time_ns:
             return known
@@ -212,6 +219,7 @@ class _Tasks:
 
     def _begin(self, tid: int, start_boot_ns: int, comm: str, time_ns: int, reason: str, parent: _Life | None) -> _Life:
         tgid = 0 if tid == 0 else self._facts.tgids.get(tid, tid)
+        tgid = tgid if 0 <= tgid < UNKNOWN_TID else tid
         start_boot_ns = start_boot_ns or self._first_start.get(tid, 0)
         life = _Life(tid, start_boot_ns, tgid, comm, kthread=tid in self._facts.kthreads)
         self._lives[tid] = life
@@ -303,7 +311,7 @@ class _Encoder:
         tid = row.tid
         if tid is None:
             tid = self._current.get(row.cpu, self._facts.first_current.get(row.cpu))
-        if tid is None:
+        if tid is None or not 0 <= tid < UNKNOWN_TID:
             return _Life(UNKNOWN_TID, 0, UNKNOWN_TID)
         known = self.tasks.known(tid)
         if known is not None and known.dead:
@@ -327,6 +335,8 @@ class _Encoder:
     def _switch(self, row: Row) -> tuple[_Life, dict[str, int]]:
         f = row.fields
         prev_tid, next_tid = f.need("prev_pid", "prev_tid"), f.need("next_pid", "next_tid")
+        _must_be_tid(prev_tid)
+        _must_be_tid(next_tid)
         if f.get("prev_state") is None:
             raise ValueError("field prev_state is missing")
         state, preempted = state_bits(f.get("prev_state"))

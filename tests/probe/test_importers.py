@@ -518,3 +518,14 @@ def test_frames_survive_the_journey():
     frames, _ = import_trace(str(TRACES / "tracefs.txt"), "ftrace-text")
 
     assert [Frame.decode(f.encode()).batch.equals(f.batch) for f in frames] == [True] * len(frames)
+
+
+def test_a_thread_id_that_is_none_costs_its_line_and_no_more(tmp_path):
+    path = tmp_path / "trace.txt"
+    line = "  x-5 [000] d..2. 1.00000{}: sched_switch: prev_comm=x prev_pid=5 prev_prio=120 prev_state=S ==> next_comm=y "
+    line += "next_pid={} next_prio=120\n"
+    path.write_text(line.format(1, 7) + line.format(2, -1) + line.format(3, 2**32 + 1))
+    frames, report = import_trace(str(path), "ftrace-text")
+    assert frames
+    assert report.events == 1
+    assert report.skipped["unusable"] == 2
