@@ -4,7 +4,8 @@
 
 A loop of getppid calls runs pinned on one CPU, then on two. In each round, one after the other: nothing attached; kprobe with
 the loop watched (its enter and exit of every call are recorded, and drained by this process); kprobe with another process
-watched; `perf record` of the same two tracepoints, of the loop only, into a file in memory. Time a call is the 10th percentile
+watched; `perf record` of the same two tracepoints, of the loop only, into a file in memory; and programs that do nothing, at
+one of the two tracepoints and at both: what any program there costs every process. Time a call is the 10th percentile
 of batches of 1000 calls (batches in which the loop was preempted do not count), the slower CPU; the table has medians over
 rounds. Figures vary with what else the machine does: compare within one run only.
 
@@ -18,6 +19,7 @@ import json
 import os
 import shutil
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -28,7 +30,10 @@ from pathlib import Path
 from typing import Any
 
 from events.kinds import FAMILIES
+from events.records import LOSS_HIDDEN
 from events.settings import ProbeSettings
+from probe import bpfsys
+from probe.limits import prefer_this_thread
 from probe.source import KernelSource
 from probe.watch import Selector
 
@@ -72,9 +77,10 @@ def recording(watch: str, **settings: Any) -> Iterator[dict[str, int]]:
     def take() -> None:
         drained = source.drain()
         seen["events"] += len(drained.columns["seq"])
-        seen["lost"] += sum(row["count"] or 0 for row in drained.losses)
+        seen["lost"] += sum(row["count"] or 0 for row in drained.losses if row["reason"] != LOSS_HIDDEN)
 
     def reader() -> None:
+        prefer_this_thread()
         while not stop.wait(0.01):
             take()
 
@@ -91,6 +97,18 @@ def recording(watch: str, **settings: Any) -> Iterator[dict[str, int]]:
             take()
         seen["produced"] = sum(c["produced"] for c in source.stats()["cpus"].values())
         source.close()
+
+
+@contextlib.contextmanager
+def empty(*tracepoints: str) -> Iterator[None]:
+    """A program that returns at once, at each of some tracepoints: the floor under anything that can be attached there."""
+    program = bpfsys.load_program(struct.pack("<BBhiBBhi", 0xB7, 0, 0, 0, 0x95, 0, 0, 0))  # r0 = 0; exit
+    links = [bpfsys.attach_raw_tracepoint(program, name) for name in tracepoints]
+    try:
+        yield
+    finally:
+        for fd in (*links, program):
+            os.close(fd)
 
 
 @contextlib.contextmanager
@@ -130,6 +148,9 @@ def measure(binary: Path, cpus: int, rounds: int, batches: int) -> dict[str, Any
         "recorded": lambda: recording(f"pid:{loop.pid}"),
         "unwatched": lambda: recording(f"pid:{other.pid}"),
         "perf": lambda: perf(loop.pid),
+        "empty enter": lambda: empty("sys_enter"),
+        "empty exit": lambda: empty("sys_exit"),
+        "empty both": lambda: empty("sys_enter", "sys_exit"),
     }
     times: dict[str, list[float]] = {name: [] for name in cases}
     loop.run(batches)
@@ -171,6 +192,9 @@ def _print(busy: list[dict[str, Any]], s: dict[str, Any]) -> None:
             f"{row['cpus']:9d}  {row['ns_per_call']['none']:12.0f}  {added['recorded']:+8.0f}  {added['unwatched']:+11.0f}"
             f"  {added['perf']:+11.0f}  {row['ratio']:13.2f}"
         )
+    for row in busy:
+        floors = ", ".join(f"{name[6:]} {row['added_ns'][name]:+.0f}" for name in row["added_ns"] if name.startswith("empty"))
+        print(f"programs that do nothing, {row['cpus']} CPUs busy: {floors} ns")
     rate = s["events_per_s_core"] / 1e6
     print(f"storm: {rate:.2f} M events/s a core on {s['cpus']} CPUs for {s['seconds']:.1f} s: lost {s['lost']}")
     holds = s["produced"] == s["delivered"] + s["lost"]

@@ -66,7 +66,7 @@ class ProbeSettings(_Section):
     node: str = ""  # empty: the host name
     watch: list[str] = Field(default_factory=lambda: ["all"])
     exclude_servers: bool = True  # leave out the local broker and stores (pids from `kprobe up`)
-    ring_bytes_per_cpu: int = Field(default=64 << 20, ge=4096)
+    ring_bytes_per_cpu: int = Field(default=0, ge=0)  # 0: by the number of CPUs and memory_max_bytes, at most 64 MiB
     payload_ring_bytes_per_cpu: int = Field(default=32 << 20, ge=1 << 18)  # only where payloads are recorded
     drain_interval_ms: int = Field(default=10, ge=1, le=1000)
     batch_events: int = Field(default=16384, ge=1)

@@ -30,7 +30,7 @@ from events.records import LOSS_HIDDEN, RECORD_BYTES
 from events.settings import ProbeSettings
 from probe.accounts import Account, RingLedger
 from probe.framing import Framer, Row, Sealed, concatenate, loss_row
-from probe.limits import Limits, Step, Usage, read_usage
+from probe.limits import Limits, Step, Usage, prefer_this_thread, read_usage
 from probe.outputs import Output
 from probe.tasks import with_container
 
@@ -168,6 +168,7 @@ class Agent:
     def run(self, stop: Callable[[], bool]) -> Summary:
         """Record until `stop()` is true or a cap ends the recording; `stop` is asked after every drain."""
         try:
+            prefer_this_thread()
             self._send_session()
             while not (self._detached or stop()):
                 began = time.monotonic()
@@ -227,7 +228,7 @@ class Agent:
     def _interval_s(self) -> float:
         """Seconds from one drain to the next: a ring that fills at the pace of the last drain stays below a sixteenth."""
         shortest_ms, linger_ms = self._settings.drain_interval_ms, self._settings.batch_linger_ms
-        capacity = self._settings.ring_bytes_per_cpu // _RING_RECORD_BYTES
+        capacity = int(self._session.get("ring_bytes_per_cpu") or self._settings.ring_bytes_per_cpu) // _RING_RECORD_BYTES
         relaxed = self._drained_rows * _SPARE * max(linger_ms // 2 // shortest_ms, 1) < capacity
         return (max(shortest_ms, linger_ms // 2) if relaxed else shortest_ms) / 1000
 

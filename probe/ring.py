@@ -41,6 +41,9 @@ _SWITCH: Final = BY_NAME["sched_switch"].number
 # some tens of milliseconds in between.
 GRACE_NS: Final = 250_000_000
 
+_FITTING_MIN: Final = 256 << 10
+_FITTING_MAX: Final = 64 << 20
+
 U64 = npt.NDArray[np.uint64]
 
 
@@ -276,6 +279,15 @@ def _text_record(payload: bytes) -> TextRecord:
 def round_ring_bytes(wanted: int) -> int:
     """The ring size to create: a power of two, at least one page, at most what the kernel takes."""
     return min(max(1 << (wanted - 1).bit_length(), PAGE), 1 << 31)
+
+
+def fitting_ring_bytes(cpus: int, memory_max_bytes: int) -> int:
+    """The ring size where none is set: 64 MiB, or less, so that all rings together fill at most half of the memory cap.
+
+    A ring is mapped twice in a row, and resident memory counts both. 64 MiB hold 0.4 s of 2 million events a second.
+    """
+    room = memory_max_bytes // 2 // (2 * cpus)
+    return min(max(1 << max(room, 1).bit_length() - 1, _FITTING_MIN), _FITTING_MAX)
 
 
 def online_cpus() -> int:

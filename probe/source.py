@@ -36,7 +36,7 @@ from probe.cgroups import CgroupTable, find_hierarchy
 from probe.lifecycle import LIFECYCLE, TaskRows
 from probe.payload import Mask, PayloadSource, PlannedCall
 from probe.programs import Maps, ProgramSet
-from probe.ring import CpuLedger, EventRing, TextRing, last_switch, online_cpus, round_ring_bytes
+from probe.ring import CpuLedger, EventRing, TextRing, fitting_ring_bytes, last_switch, online_cpus, round_ring_bytes
 from probe.snapshot import TASK_ROW, snapshot_rows
 from probe.switches import Unseen, UnseenSwitches
 from probe.watch import Selector, WatchTable, descendants, pids_of_port
@@ -129,7 +129,8 @@ class KernelSource:
         self._hierarchy = find_hierarchy()
         self._cgroups = CgroupTable(self._hierarchy)
         self._programs = ProgramSet(KernelTypes(), self._hierarchy, frozenset(self._settings.families_off))
-        self._maps = Maps(cpus, round_ring_bytes(self._settings.ring_bytes_per_cpu))
+        wanted = self._settings.ring_bytes_per_cpu or fitting_ring_bytes(cpus, self._settings.memory_max_bytes)
+        self._maps = Maps(cpus, round_ring_bytes(wanted))
         self._open_parts.append(self._maps)
         try:
             self._map_rings(cpus)

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probe.ring import GRACE_NS, CpuLedger, round_ring_bytes
+from probe.ring import GRACE_NS, CpuLedger, fitting_ring_bytes, round_ring_bytes
 from probe.source import _out_of_order
 
 
@@ -90,6 +90,17 @@ def test_every_number_is_delivered_or_lost_or_open(data):
 
 def test_ring_sizes_are_what_the_kernel_takes():
     assert [round_ring_bytes(n) for n in (1, 4096, 4097, 64 << 20, 3 << 30)] == [4096, 4096, 8192, 64 << 20, 1 << 31]
+
+
+def test_rings_that_nobody_sized_follow_the_cpus_and_the_memory_cap():
+    """Mapped twice, all rings fill half of the cap at most."""
+    sizes = {(cpus, cap): fitting_ring_bytes(cpus, cap) for cpus in (1, 2, 8, 64, 1024) for cap in (64 << 20, 1 << 30, 1 << 36)}
+
+    assert sizes[2, 1 << 30] == sizes[1, 1 << 36] == 64 << 20
+    assert sizes[8, 1 << 30] == 32 << 20 and sizes[64, 1 << 30] == 4 << 20
+    for (cpus, cap), size in sizes.items():
+        assert size == round_ring_bytes(size), "the kernel takes it as it is"
+        assert size == 256 << 10 or 2 * cpus * size <= cap // 2
 
 
 @given(st.lists(st.integers(0, 40), max_size=30))
