@@ -25,13 +25,15 @@ import numpy as np
 import numpy.typing as npt
 
 from causality import block, failures, journal, memory, network
+from causality.causes import settle_convoys
 from causality.edges import EdgeFold
 from causality.log import EventLog, Segment
 from causality.operations import Operation
 from causality.tasks import TaskTable
 from causality.timeline import RECORDING_ENDED, Key, Loss, Timeline
-from causality.verdict import FailureCause, build, status_of
-from causality.walk import Resolver, Walk
+from causality.verdict import FailureCause, build, status_of, woken_by
+from causality.walk import Resolver, Root, Walk
+from causality.whatif import Path
 from causality.window import Follow, Leaf, Wait, Who, Window
 from events.frames import Frame
 
@@ -309,6 +311,25 @@ class NodeEngine:
 
     def judge(self, operation: Operation, *, until_mono_ns: int | None = None) -> dict[str, Any]:
         """The verdict of an operation on the events held now."""
+        walk = self._walk(operation, until_mono_ns)
+        start, end = walk.lo, walk.hi
+        failure = None
+        if status_of(operation, end - start) == "failed":
+            failure = _failure(walk.timeline, walk.window, walk.victim, start, end)
+        return build(
+            operation, walk.timeline, walk, walk.victim, start=start, end=end, failure=failure,
+            retained=self._log.evicted_mono_ns < max(0, start - self.config.lookback_ns), provisional=until_mono_ns is not None,
+        )  # fmt: skip
+
+    def path(self, operation: Operation) -> Path:
+        """The operation's time, explained, for questions of `whatif`."""
+        walk = self._walk(operation, None)
+        roots = settle_convoys(walk.explain(walk.victim, walk.lo, walk.hi))
+        woken = woken_by(walk.timeline, walk.victim, walk.lo, walk.hi)
+        timeline, names = walk.timeline, _neighbours(walk, roots)
+        return Path(roots, walk.lo, walk.hi, operation.deadline_ns, lambda key: timeline.task(*key).comm, woken, names)
+
+    def _walk(self, operation: Operation, until_mono_ns: int | None) -> Walk:
         start = operation.start_mono_ns
         end = until_mono_ns if until_mono_ns is not None else operation.end_mono_ns
         if end is None:
@@ -317,16 +338,9 @@ class NodeEngine:
         timeline = self.timeline(start, end)
         victim = self._victim(timeline, operation.tid, start, end)
         window = Window(self._log.segments, timeline.lo_mono_ns, end)
-        walk = Walk(
+        return Walk(
             timeline, window, lo=start, hi=end, victim=victim, resolvers=RESOLVERS, network=_network,
             max_depth=self.config.max_depth, max_intervals=self.config.max_intervals,
-        )  # fmt: skip
-        failure = None
-        if status_of(operation, end - start) == "failed":
-            failure = _failure(timeline, window, victim, start, end)
-        return build(
-            operation, timeline, walk, victim, start=start, end=end, failure=failure,
-            retained=self._log.evicted_mono_ns < max(0, start - self.config.lookback_ns), provisional=until_mono_ns is not None,
         )  # fmt: skip
 
     def timeline(self, start_mono_ns: int, end_mono_ns: int) -> Timeline:
@@ -451,6 +465,22 @@ def _numbering(segments: Sequence[Segment]) -> list[tuple[int, int, int, int, in
             a, b = sorted((int(time[i - 1]) if i else 0, int(time[i + 1])))
             found.append((cpu, a, b, 1, int(time[i])))
     return found
+
+
+def _neighbours(walk: Walk, roots: Sequence[Root]) -> list[str]:
+    """Names of the tasks with which an operation shared a CPU, the disk or its process while it ran."""
+    timeline, lo, hi = walk.timeline, walk.lo, walk.hi
+    cpus = {i.cpu for i in timeline.states(walk.victim, lo, hi) if i.state_name == "running"}
+    keys = {o.key for cpu in sorted(cpus) for o in timeline.occupants(cpu, lo, hi)}
+    tids = set(timeline.kind("sys_enter_futex", lo, hi)["tid"].tolist())
+    if any(r.label.startswith("wait.disk") for r in roots):
+        tids |= set(timeline.kind("block_bio_queue", lo, hi)["tid"].tolist())
+    keys |= {timeline.task_at(tid, hi) for tid in sorted(tids)}
+    tgid = timeline.task(*walk.victim).tgid
+    for cpu in timeline.cpus():
+        keys |= {o.key for o in timeline.occupants(cpu, lo, hi) if timeline.task(*o.key).tgid == tgid}
+    tasks = [timeline.task(*key) for key in keys if key != walk.victim and key[0] > 0]
+    return sorted({task.comm or f"tid {task.tid}" for task in tasks})
 
 
 def _failure(timeline: Timeline, window: Window, victim: Key, start: int, end: int) -> FailureCause | None:

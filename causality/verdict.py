@@ -20,7 +20,7 @@ from causality.timeline import RECORDING_ENDED, Key, Timeline
 from causality.walk import IRQ_TID, Root, Walk
 from events.topics import VERDICT_SCHEMA
 
-__all__ = ["ALGORITHM", "build", "verdict_hash"]
+__all__ = ["ALGORITHM", "build", "status_of", "verdict_hash", "woken_by"]
 
 ALGORITHM: Final = "causal/1"
 _EVIDENCE_MAX: Final = 12  # ids a ledger slice carries; merged slices keep the first and the last ones
@@ -98,7 +98,7 @@ def build(
     duration = end - start
     assert sum(totals.values()) == duration, f"operation {operation.operation_id}: totals do not sum to the duration"
     status = status_of(operation, duration)
-    woken = _woken_by(timeline, victim, start, end)
+    woken = woken_by(timeline, victim, start, end)
     causes = ranked(collect(roots), duration, operation.deadline_ns)
     documents = [_cause(c, names, roots, duration, woken, victim) for c in causes]
     if failure is not None:
@@ -226,7 +226,7 @@ def _failure(failure: FailureCause, names: _Names, victim: Key, duration: int) -
     }  # fmt: skip
 
 
-def _woken_by(timeline: Timeline, victim: Key, start: int, end: int) -> list[tuple[int, Key]]:
+def woken_by(timeline: Timeline, victim: Key, start: int, end: int) -> list[tuple[int, Key]]:
     """(time, thread) of the wake-ups that the operation's thread did."""
     rows = timeline.of_task_kinds(victim[0], ("sched_waking",), start, end)
     tids, starts = rows.get("tid", "sched_waking"), rows.get("start_boot_ns", "sched_waking")

@@ -14,6 +14,7 @@ from events.errors import InputError
 
 if TYPE_CHECKING:
     from causality.operations import Operation
+    from events.frames import Frame
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -47,7 +48,7 @@ def analyze(
     load(config)
     if operations is None and not tid:
         raise InputError("nothing to judge: give --operations FILE.csv, or --tid N for all recorded time of a thread")
-    wanted = _operations(operations) if operations is not None else []
+    wanted = operations_of(operations) if operations is not None else []
     verdicts, damaged = judge_capture(file, wanted, tid or [])
     _print(verdicts, as_json=as_json, jsonl=jsonl)
     incomplete = [v["operation_id"] for v in verdicts if not v["completeness"]["complete"]]
@@ -57,7 +58,8 @@ def analyze(
     raise typer.Exit(3 if incomplete or damaged else 0)
 
 
-def _operations(path: Path) -> "list[Operation]":
+def operations_of(path: Path) -> "list[Operation]":
+    """The operations of a file. Raises InputError that names what is wrong with it."""
     from causality.operations import read_csv
 
     try:
@@ -105,6 +107,14 @@ def _whole(tids: list[int], low: int, high: int) -> "list[Operation]":
     from causality.operations import Operation
 
     return [Operation(f"thread-{t}", "thread", t, low, max(high, low + 1)) for t in tids]
+
+
+def whole_time(tids: list[int], frames: "list[Frame]") -> "list[Operation]":
+    """All recorded time of each of some threads as one operation."""
+    times = [f.batch.column("time_mono_ns").to_numpy() for f in frames if f.kind == "events/1" and f.batch.num_rows]
+    if not times:
+        return []
+    return _whole(tids, int(min(t.min() for t in times)), int(max(t.max() for t in times)))
 
 
 def _print(verdicts: list[dict[str, Any]], *, as_json: bool, jsonl: bool) -> None:

@@ -55,14 +55,38 @@ def import_(
 
 @app.command()
 def run(
-    recording: Recording,
+    recording: Annotated[
+        Path, typer.Argument(metavar="DIR|FILE.kcap", help="A recording of a program, or a capture of kernel events.")
+    ],
     scale: Annotated[float, typer.Option(help="Pace: 1 takes as long as the recording, 0 does not wait at all.")] = 0.0,
     json: Annotated[bool, typer.Option("--json", help="One JSON document instead of the program's output.")] = False,
+    operations: Annotated[
+        Path | None, typer.Option("--operations", metavar="FILE.csv", help="FILE.kcap: the operations to judge.")
+    ] = None,
+    tid: Annotated[
+        list[int] | None, typer.Option("--tid", metavar="N", help="FILE.kcap: all recorded time of a thread as one operation.")
+    ] = None,
+    rule: Annotated[
+        list[str] | None, typer.Option("--rule", metavar="RULE", help="FILE.kcap: what if; 'task=batch -> remove'.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, metavar="N", help="FILE.kcap: engines that must agree.")] = 2,
+    keep: Annotated[
+        Path | None, typer.Option("--keep", metavar="OUT.kcap", help="FILE.kcap: keep a copy with operations and hashes in it.")
+    ] = None,
 ) -> None:
     """Run a recording again, and say where it leaves the recording.
 
-    Exit status: the program's own when the run is identical; 3 when it left the recording.
+    A capture (FILE.kcap) is folded again: the same verdicts, bit for bit. Exit status: the program's own when the run is
+    identical, 0 for a capture; 3 when it left the recording.
     """
+    if recording.is_file():
+        from cli.f0 import run_capture
+
+        sys.exit(
+            run_capture(
+                recording, operations=operations, tids=tid or [], rules=rule or [], workers=workers, keep=keep, as_json=json
+            )
+        )
     from replay import report
 
     sys.exit(report.run(recording, scale=scale, as_json=json))
