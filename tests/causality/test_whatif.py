@@ -12,7 +12,7 @@ from causality.engine import NodeEngine
 from causality.operations import Operation
 from causality.whatif import what_if
 
-SEEDS = 60
+SEEDS = 90
 
 
 def explained(seed):
