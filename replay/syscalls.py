@@ -367,7 +367,7 @@ pidfd_open emulate ii
 clone3 special pl
 close_range emulate iii
 openat2 emulate fspl < 1:str 2:a3
-pidfd_getfd emulate fii
+pidfd_getfd refuse
 faccessat2 emulate fsii < 1:str
 process_madvise emulate fplli
 epoll_pwait2 block fpippl > 1:ret*12

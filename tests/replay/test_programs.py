@@ -87,3 +87,22 @@ def test_verify_refuses_what_it_cannot_prove(tmp_path, request):
     assert same["verdict"] == "not_fixed"
     assert other["verdict"] == "cannot_tell"
     assert other["reasons"]
+
+
+COPIED_OUTPUT = """
+import ctypes, os
+libc = ctypes.CDLL(None)
+copy = libc.syscall(438, os.pidfd_open(os.getpid()), 1, 0)  # pidfd_getfd
+os.write(copy, b"through a copy\\n")
+"""
+
+
+@pytest.mark.slow
+def test_output_that_replay_would_not_show_is_refused_by_name(tmp_path, request):
+    """A copy of standard output made by pidfd_getfd is not followed; without it the replay would be silent and `identical`."""
+    recorded = _kprobe("record", "-o", tmp_path / "rec", "--", sys.executable, "-c", COPIED_OUTPUT, cwd=_root(request))
+    document = json.loads(_kprobe("run", tmp_path / "rec", "--json", cwd=_root(request)).stdout)
+
+    assert recorded.stdout == b"through a copy\n"
+    assert document["identical"] is False
+    assert "pidfd_getfd is not modelled" in document["reasons"][0]
