@@ -265,11 +265,8 @@ class PassivePlayer:
 
     def _collect(self) -> None:
         """Threads that a futex let go meanwhile."""
-        while any(t.state == "futex" for t in self.threads.values()):
-            got = ptrace.wait(-1, ptrace.WALL | ptrace.WNOHANG)
-            if got is None or got[0] == 0:
-                return
-            self._arrived(*got)
+        for thread in list(self.threads.values()):
+            self._settle(thread)
 
     def _arrived(self, tid: int, status: int) -> None:
         thread = self.threads.get(tid)
@@ -460,10 +457,25 @@ class PassivePlayer:
             ptrace.poke_user(thread.tid, ptrace.R10, 0)
         thread.state = "futex"
         ptrace.request(ptrace.SYSCALL, thread.tid)
-        os.sched_yield()
-        got = ptrace.wait(thread.tid, ptrace.WALL | ptrace.WNOHANG)
-        if got is not None and got[0]:
-            self._arrived(*got)
+        self._settle(thread)
+
+    def _settle(self, thread: _Played) -> None:
+        """Wait until a thread in a futex call has come out of it, or is asleep in it.
+
+        A wake-up makes its target runnable before the waker's call returns, so a thread that the kernel shows asleep was not
+        woken: what comes next hangs on the program alone, never on how busy this machine is.
+        """
+        while thread.state == "futex":
+            asleep = _asleep(thread.tid)  # read first: a stop that follows is then taken
+            got = ptrace.wait(thread.tid, ptrace.WALL | ptrace.WNOHANG)
+            if got is not None and not got[0]:
+                raise ptrace.Gone(thread.tid)
+            if got is not None:
+                self._arrived(*got)
+            elif asleep:
+                return
+            else:
+                os.sched_yield()
 
     def _futex_over(self, thread: _Played, status: int) -> None:
         if os.WSTOPSIG(status) != ptrace.SYSCALL_STOP or status >> 16:
@@ -850,6 +862,15 @@ class PassivePlayer:
                 waiting.discard(got[0])
         for thread in self.threads.values():
             thread.process.close()
+
+
+def _asleep(tid: int) -> bool:
+    """Does this thread sleep, or wait to be reaped after its siblings (procfs, proc_pid_stat(5), field 3)?"""
+    try:
+        stat = Path(f"/proc/{tid}/stat").read_text()
+    except OSError:
+        return False  # gone: the next wait tells
+    return stat[stat.rindex(")") + 2] in "SZX"
 
 
 def _next_number(thread: _Played) -> int:
