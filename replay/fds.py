@@ -3,15 +3,18 @@
 A label is the path of a file, `stdin`/`stdout`/`stderr` (or `inherited:N`) for what the program was started with, the
 peer of a socket, or a kind (`pipe`, `socket`, `eventfd`, ...). Used to find standard output, for the predicates of
 interventions and in reports.
-Limits: a descriptor received over a socket is known only as `received`.
+A descriptor received over a socket is `stdout` or `stderr` where the recorder saw that it is, else `received`.
 """
 
+import json
 import os
 import struct
 from collections.abc import Callable, Sequence
 from typing import Final
 
-__all__ = ["FdTable", "follow"]
+__all__ = ["RECEIVED", "FdTable", "follow"]
+
+RECEIVED: Final = b"\0received:"  # begins the piece that names descriptors which came from elsewhere
 
 _NAMED: Final = {0: "stdin", 1: "stdout", 2: "stderr"}
 _CLOEXEC: Final = 0o2000000
@@ -128,6 +131,10 @@ def follow(
     if name in ("pipe", "pipe2", "socketpair") and pieces:
         for fd in struct.unpack("<2i", pieces[0]):
             table.set(fd, "pipe" if name != "socketpair" else "socketpair", False)
+        return
+    if name in ("recvmsg", "pidfd_getfd") and pieces and pieces[-1].startswith(RECEIVED):
+        for fd_text, label in json.loads(pieces[-1][len(RECEIVED) :]).items():
+            table.set(int(fd_text), label, name == "pidfd_getfd")
         return
     if name == "openat2" or name == "openat":
         payload = payload if name == "openat" else payload[4 : 4 + int.from_bytes(payload[:4], "little")]

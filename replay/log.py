@@ -27,6 +27,7 @@ __all__ = ["BlobStore", "Event", "Kind", "LogReader", "LogWriter", "TruncatedLog
 
 SCHEMA: Final = "kprobe.recording/1"
 _HEAD: Final = struct.Struct("<BBHiqQ6QII")
+NO_THREAD: Final = 0xFFFF
 PAYLOAD_KEEP_BYTES: Final = 65536
 _FLUSH_BYTES: Final = 1 << 18
 
@@ -44,6 +45,7 @@ class Kind(enum.IntEnum):
     PREEMPT = 8  # stopped in user code: payload: registers
     EXEC = 9  # a call that replaced the program; extra: images, layout
     END = 10  # the last process has ended
+    WRITE = 11  # thread: NO_THREAD; the kernel wrote memory beside a call: args: address, a thread there; payload: bytes
 
 
 class Event(NamedTuple):

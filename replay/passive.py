@@ -37,7 +37,13 @@ from replay.tracee import AT_RANDOM, auxiliary_vector
 __all__ = ["TIMES", "capture_plan", "import_frames", "initial_stack", "start_of"]
 
 # Never compared with the log and made for real at replay: their results are the replaying process's own.
-MEMORY_CALLS: Final = frozenset(NUMBERS[n] for n in ("brk", "mremap", "futex", "set_tid_address", "futex_waitv", "sched_yield"))
+MEMORY_CALLS: Final = frozenset(
+    NUMBERS[n]
+    for n in (
+        "brk", "mremap", "futex", "set_tid_address", "futex_waitv", "sched_yield",
+        "rt_sigprocmask", "rt_sigreturn",  # of the process alone, and too many to record
+    )
+)  # fmt: skip
 _MMAP, _EXECVE, _EXECVEAT = NUMBERS["mmap"], NUMBERS["execve"], NUMBERS["execveat"]
 _LEAVES: Final = {NUMBERS["exit"], NUMBERS["exit_group"]}
 _CLONES: Final = {NUMBERS[n] for n in ("fork", "vfork", "clone", "clone3")}

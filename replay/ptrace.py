@@ -11,7 +11,7 @@ import errno
 import os
 import platform
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from events.errors import CapabilityError, KprobeError
@@ -178,6 +178,32 @@ def set_breakpoint(tid: int, address: int) -> None:
 def tgkill(tgid: int, tid: int, number: int) -> None:
     """Send a signal to one thread."""
     _libc.syscall(ctypes.c_long(234), ctypes.c_long(tgid), ctypes.c_long(tid), ctypes.c_long(number))
+
+
+def robust_words(tid: int, read: Callable[[int, int], bytes]) -> list[tuple[int, bytes]]:
+    """(address, value) of each robust futex that a thread holds, from the list that it registered with the kernel."""
+    head, size = ctypes.c_ulong(), ctypes.c_ulong()
+    if _libc.syscall(ctypes.c_long(274), ctypes.c_long(tid), ctypes.byref(head), ctypes.byref(size)) != 0 or not head.value:
+        return []
+    raw = read(head.value, 24)
+    if len(raw) < 24:
+        return []
+    entry, offset, pending = struct.unpack("<QqQ", raw)
+    found: list[int] = []
+    while entry & ~1 != head.value and len(found) < 2048:
+        found.append((entry & ~1) + offset)
+        entry = int.from_bytes(read(entry & ~1, 8), "little")
+        if not entry:
+            break
+    if pending:
+        found.append((pending & ~1) + offset)
+    return [(address, read(address, 4)) for address in found]
+
+
+def same_file(tid: int, fd: int, other_tid: int, other_fd: int) -> bool:
+    """Whether two descriptors are one open file (kcmp; False where the kernel does not have it)."""
+    words = (ctypes.c_long(n) for n in (312, tid, other_tid, 0, fd, other_fd))
+    return bool(_libc.syscall(*words) == 0)
 
 
 def arch_prctl(code: int, value: int) -> int:

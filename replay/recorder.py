@@ -10,6 +10,7 @@ it cannot be replayed.
 Fails: `InputError` for a command that cannot be run or an output folder in use.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -26,8 +27,9 @@ from typing import Any, Final
 from events.errors import InputError
 from events.syscalls import NUMBERS
 from replay import log, machine, ptrace, syscalls
-from replay.fds import FdTable, follow
+from replay.fds import RECEIVED, FdTable, follow
 from replay.log import Kind
+from replay.loops import NO_COUNTER, passes_left
 from replay.tracee import Process, Thread, answer_trap, launch, native_trap, trapped_instruction
 
 __all__ = ["record"]
@@ -37,19 +39,30 @@ _ENTRY_STOP: Final = ptrace.EVENT_SECCOMP << 16 | signal.SIGTRAP << 8 | 0x7F
 _EXIT_STOP: Final = ptrace.SYSCALL_STOP << 8 | 0x7F
 _ASYNC_PATIENCE_TICKS: Final = 3
 _SPIN_STEPS: Final = 400
-_GIVE_UP_INTERRUPTS: Final = 500  # half a minute of computing while others wait: a thread that spins is found long before
+_COUNTING_INTERRUPTS: Final = 4  # a quarter of a second
+_GIVE_UP_INTERRUPTS: Final = 100  # six seconds of computing while others wait: a thread that spins is found long before
 _SYNCHRONOUS: Final = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP}
 _STOPPING: Final = {signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
 _MAP_ANONYMOUS, _MAP_SHARED_BITS, _PROT_WRITE = 0x20, 0x3, 2
 _EINVAL: Final = -22
 _EXIT, _EXIT_GROUP, _EXECVE = NUMBERS["exit"], NUMBERS["exit_group"], NUMBERS["execve"]
+_CLONE3: Final = NUMBERS["clone3"]
 _CLONES: Final = {NUMBERS[n] for n in ("fork", "vfork", "clone", "clone3")}
 _SWITCH: Final = {NUMBERS[n] for n in ("sched_yield", "nanosleep", "clock_nanosleep")}
 _MMAP: Final = NUMBERS["mmap"]
+_PTRACE: Final = NUMBERS["ptrace"]
+_FUTEX: Final = NUMBERS["futex"]
+_PI_WAITS: Final = {6, 11, 13}
+_EXECS: Final = {NUMBERS["execve"], NUMBERS["execveat"]}
+_SIGRETURN: Final = NUMBERS["rt_sigreturn"]
 _SPLICES: Final = {NUMBERS["splice"]: 2, NUMBERS["tee"]: 1, NUMBERS["copy_file_range"]: 2, NUMBERS["vmsplice"]: 0}
 _SENDFILE: Final = NUMBERS["sendfile"]
 _CLOCKS: Final = {0, 1, 4, 5, 6, 7, 11}
 _STANDARD: Final = {"stdout", "stderr"}
+
+
+class Unrecordable(InputError):  # noqa: N818 - names the outcome
+    """The program does what no recording can hold; it was ended."""
 
 
 class _Recorded(Thread):
@@ -62,7 +75,7 @@ class _Recorded(Thread):
         self.due: tuple[int, int] | None = None  # the request and signal with which it goes on
         self.entered = False  # a call was let into the kernel and its exit is outstanding
         self.payload = b""
-        self.boundary: tuple[int, int] | None = None  # (rip, rsp) behind the last call: a signal here is at a boundary
+        self.boundary: tuple[int, ...] | None = None  # registers behind the last call: a signal here is at a boundary
         self.held: deque[tuple[int, bytes]] = deque()  # signals that came in user code
         self.stop: tuple[int, ...] = ()  # status and registers of the latest stop
         self.ticks = 0
@@ -86,10 +99,28 @@ class Recorder:
         self.next_index = 0
         self.refused: list[str] = []
         self.notes: set[str] = set()
+        self.limits: set[str] = set()  # why the recording is not exact
         self.root_status: int | None = None
         self.root_tid = 0
         self.calls = 0
+        self.alarms = 0  # ticks of the timer
+        self.turn_began = 0
+        self.traps = machine.SharedTraps()
         self.t0_ns = time.monotonic_ns()
+
+    def on_alarm(self, *_: object) -> None:
+        """Each tick; also ends a wait early."""
+        self.alarms += 1
+        self.traps.renew()
+
+    def abandon(self) -> None:
+        """End the whole tree."""
+        for thread in list(self.threads.values()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(thread.process.tgid, signal.SIGKILL)
+        while (got := ptrace.wait(-1)) is None or got[0]:
+            continue
+        self.writer.close()
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
@@ -130,7 +161,7 @@ class Recorder:
                 return None
             self._arrived(*got)
         thread = self.ready.popleft()
-        return thread if thread.tid in self.threads else None
+        return thread if self.threads.get(thread.tid) is thread else None
 
     def _arrived(self, tid: int, status: int) -> None:
         thread = self.threads.get(tid)
@@ -145,6 +176,7 @@ class Recorder:
     def _drive(self, thread: _Recorded) -> None:
         """Run one thread until it blocks, ends or has had its share."""
         self._running = thread
+        self.turn_began = self.alarms
         try:
             while True:
                 status = thread.status
@@ -246,14 +278,17 @@ class Recorder:
         thread.due = (ptrace.CONT, number)
 
     def _entry(self, thread: _Recorded) -> bool:
+        if self.alarms - self.turn_began > 1 and len(self.threads) > 1 and self._others_wait():
+            thread.status = _ENTRY_STOP  # it has had its share: it makes this call in its next turn
+            self.ready.append(thread)
+            return False
         _, *regs = thread.stop
         thread.regs = regs
         nr = thread.nr = regs[15]
         thread.args = (regs[14], regs[13], regs[12], regs[7], regs[9], regs[8])
         shape = syscalls.MODELS.get(nr)
-        if shape is None or shape.kind == "refuse":
-            self._refuse(f"{syscalls.name_of(nr)} is not modelled")
-            shape = None
+        if nr == _PTRACE:
+            raise Unrecordable("the program calls ptrace, and a process has one tracer only: it cannot be recorded")
         thread.payload = syscalls.input_of(shape, thread.process, thread.args) if shape else b""
         if nr in _EMULATED and _EMULATED[nr](self, thread):
             return True
@@ -267,9 +302,12 @@ class Recorder:
             return self._finish(thread, _EINVAL)
         thread.entered = True
         thread.due = (ptrace.SYSCALL, 0)
-        if (len(self.threads) == 1 or (shape is not None and shape.kind != "block")) and nr not in _CLONES:
+        alone = len(thread.process.threads) == 1 if nr in _EXECS else len(self.threads) == 1
+        if (alone or (shape is not None and shape.kind not in ("block", "exec"))) and nr not in _CLONES:
             return True
         self._let_go(thread)
+        if nr in _EXECS:
+            return self._exec_among_threads(thread)
         return self._try_finish(thread, nr)
 
     def _try_finish(self, thread: _Recorded, nr: int) -> bool:
@@ -285,7 +323,16 @@ class Recorder:
                     self.ready.append(thread)
                     return False
                 return True
+        if nr == _FUTEX and thread.args[1] & 0x7F in _PI_WAITS:
+            self._write_beside(thread.process, thread.args[0], 4)  # the waiters' bit is set before the wait
         return False
+
+    def _write_beside(self, process: Process, address: int, size: int) -> None:
+        """Log memory that the kernel has written outside a call's return."""
+        index = next((t.index for t in self.threads.values() if t.process is process), None)
+        if index is not None:
+            arguments = (address, index, 0, 0, 0, 0)
+            self.writer.add(Kind.WRITE, log.NO_THREAD, time_ns=self._now(), args=arguments, payload=process.read(address, size))
 
     def _to_standard_output(self, thread: _Recorded, index: int) -> bool:
         return thread.table.label(thread.args[index]) in _STANDARD
@@ -304,6 +351,8 @@ class Recorder:
         elif nr != syscalls.RESTART_SYSCALL:
             thread.last_nr = nr
         pieces: list[bytes] = []
+        if (shape is None or shape.kind == "refuse") and (result >= 0 or result < -4095):
+            self._refuse(f"{syscalls.name_of(nr)} is not modelled")
         if shape is not None:
             memory = thread.process
             pieces = [memory.read(*region) for region in syscalls.output_regions(shape, memory, args, result)]
@@ -313,7 +362,7 @@ class Recorder:
             follow(thread.table, shape.name, args, result, thread.payload, pieces)
         self.calls += 1
         thread.interrupts = thread.ticks = 0
-        thread.boundary = (thread.regs[ptrace.RIP], thread.regs[ptrace.RSP])
+        thread.boundary = thread.stop[1:] if nr == _SIGRETURN else (thread.regs[16], thread.regs[19])
         self._resume(thread)
         return True
 
@@ -327,6 +376,8 @@ class Recorder:
             self._refuse(f"ioctl {thread.args[1] & 0xFFFFFFFF:#x} on {target} is not modelled")
         if shape.name == "prctl":
             return _prctl_output(thread, result)
+        if shape.name in ("recvmsg", "pidfd_getfd") and result >= 0:
+            return self._received(thread, shape, result)
         if shape.name == "prlimit64" and result >= 0 and thread.args[3]:
             return [thread.process.read(thread.args[3], 16)]
         return []
@@ -353,11 +404,30 @@ class Recorder:
         finally:
             os.close(own)
         shared = flags & _MAP_SHARED_BITS in (1, 3)
-        if shared:
-            identity = f"{info.st_dev:x}-{info.st_ino:x}"
-            self.notes.add(f"shared mapping of {label or identity}: changes by processes outside the recording are not seen")
-            return [name.encode(), identity.encode()]
-        return [name.encode()]
+        if not shared:
+            return [name.encode()]
+        self._judge_sharing(label or f"inode {info.st_ino}", info, bool(thread.args[2] & _PROT_WRITE))
+        return [name.encode(), f"{info.st_dev:x}-{info.st_ino:x}".encode()]
+
+    def _judge_sharing(self, name: str, info: os.stat_result, writable: bool) -> None:
+        """A file mapped shared: do processes outside the recording write to it, or could they?"""
+        ours = {thread.process.tgid for thread in self.threads.values()}
+        if outsiders := _writers_of(info) - ours:
+            who = ", ".join(map(str, sorted(outsiders)))
+            self.limits.add(f"{name} is shared with processes outside the recording (pid {who}): their writes are not seen")
+        elif writable:
+            self.notes.add(f"shared mapping of {name}: changes by processes outside the recording are not seen")
+
+    def _received(self, thread: _Recorded, shape: syscalls.Model, result: int) -> list[bytes]:
+        """Descriptors that came from elsewhere: which of them are the program's standard output?"""
+        fds = [result] if shape.name == "pidfd_getfd" else syscalls.passed_fds(thread.process, thread.args[1])
+        if not fds:
+            return []
+        labels = {}
+        for fd in fds:
+            same = [name for own, name in ((1, "stdout"), (2, "stderr")) if ptrace.same_file(thread.tid, fd, os.getpid(), own)]
+            labels[fd] = same[0] if same else "received"
+        return [RECEIVED + json.dumps(labels).encode()]
 
     def _sent(self, thread: _Recorded, result: int) -> bytes:
         own = os.open(f"/proc/{thread.tid}/fd/{thread.args[1] & 0xFFFFFFFF}", os.O_RDONLY | os.O_CLOEXEC)
@@ -393,8 +463,9 @@ class Recorder:
         child.status = status
         if os.WIFSTOPPED(status):
             self.ready.append(child)
+        pidfd = self._pidfd(thread, flags)
         self.writer.add(
-            Kind.SPAWN, thread.index, thread.nr, child.index, self._now(), (same_process, shares_memory, flags, tid, 0, 0)
+            Kind.SPAWN, thread.index, thread.nr, child.index, self._now(), (same_process, shares_memory, flags, tid, pidfd, 0)
         )
         thread.due = (ptrace.SYSCALL, 0)
         if event != ptrace.EVENT_VFORK:
@@ -402,19 +473,22 @@ class Recorder:
         self._let_go(thread)
         return self._try_finish(thread, thread.nr)
 
+    def _pidfd(self, thread: _Recorded, flags: int) -> int:
+        if not flags & 0x1000:
+            return 0
+        address = thread.args[2]
+        if thread.nr == _CLONE3:
+            address = int.from_bytes(thread.process.read(thread.args[0] + 8, 8), "little")
+        return int.from_bytes(thread.process.read(address, 4), "little")
+
     def _clone_flags(self, thread: _Recorded) -> int:
         if thread.nr == NUMBERS["clone"]:
             return thread.args[0]
-        if thread.nr == NUMBERS["clone3"]:
+        if thread.nr == _CLONE3:
             return int.from_bytes(thread.process.read(thread.args[0], 8), "little")
         return 0x4100 if thread.nr == NUMBERS["vfork"] else 0
 
     def _executed(self, thread: _Recorded) -> bool:
-        former = ptrace.event_message(thread.tid)
-        if former != thread.tid and former in self.threads:
-            self._refuse("execve by a thread that is not the first of its process")
-            other = self.threads.pop(former)
-            thread.nr, thread.args, thread.payload, thread.regs = other.nr, other.args, other.payload, other.regs
         thread.process = self._own_space(thread)
         thread.table = thread.table.copy()
         thread.table.after_exec()
@@ -435,6 +509,37 @@ class Recorder:
         self._resume(thread)
         return True
 
+    def _exec_among_threads(self, thread: _Recorded) -> bool:
+        """The kernel ends the other threads, and the caller takes over the first one's id."""
+        tgid = thread.process.tgid
+        ended: list[tuple[_Recorded, int]] = []
+        while True:
+            got = ptrace.wait(-1)
+            if got is None:
+                continue
+            tid, status = got
+            if tid == 0:
+                raise ptrace.Gone(thread.tid)
+            if tid == tgid and status >> 16 == ptrace.EVENT_EXEC:
+                break
+            if tid == thread.tid:  # it failed, or was killed
+                thread.status = status
+                return True
+            if tid in thread.process.threads and not os.WIFSTOPPED(status):
+                ended.append((self.threads.pop(tid), status))
+            else:
+                self._arrived(tid, status)
+        if tgid != thread.tid:
+            ended.append((self.threads.pop(tgid), 0))
+            del self.threads[thread.tid]
+            thread.tid = tgid
+            self.threads[tgid] = thread
+        thread.process.threads = {tgid}
+        self._executed(thread)
+        for other, status in ended:
+            self.writer.add(Kind.DEATH, other.index, other.nr if other.entered else -1, status, self._now(), other.args)
+        return True
+
     def _own_space(self, thread: _Recorded) -> Process:
         """After exec the process has an address space of its own, also a vfork child."""
         if thread.process.tgid == thread.tid:
@@ -444,7 +549,7 @@ class Recorder:
 
     def _after_exec(self, thread: _Recorded) -> None:
         if not thread.place_scratch():
-            self.notes.add("cpuid cannot be trapped here: the processor's identity is taken from the replaying machine")
+            self.limits.add("cpuid cannot be trapped here: a replay sees the identity of the processor it runs on")
         self.stack = thread.hide_vdso()
         self.stack_top = ptrace.get_regs(thread.tid)[ptrace.RSP]
         self.entry_point = ptrace.get_regs(thread.tid)[ptrace.RIP]
@@ -459,6 +564,8 @@ class Recorder:
     def _leave(self, thread: _Recorded) -> bool:
         self.writer.add(Kind.LEAVE, thread.index, thread.nr, 0, self._now(), thread.args)
         whole = thread.nr == _EXIT_GROUP or len(thread.process.threads) == 1
+        leaving = list(thread.process.threads) if whole else [thread.tid]
+        robust = [item for tid in leaving for item in ptrace.robust_words(tid, thread.process.read)]
         self._resume(thread)
         self._let_go(thread)
         if not whole and thread.tid == thread.process.tgid:
@@ -469,7 +576,17 @@ class Recorder:
             other = self.threads.get(tid)
             if other is not None:
                 self._await_death(other)
+        for address, before in robust:
+            self._log_if_changed(address, before)
         return False
+
+    def _log_if_changed(self, address: int, before: bytes) -> None:
+        """A robust mutex whose owner has died, seen through a process that still lives."""
+        for process in {t.process for t in self.threads.values()}:
+            now = process.read(address, 4)
+            if now != before and int.from_bytes(now, "little") & 0x40000000:
+                self._write_beside(process, address, 4)
+                return
 
     def _await_zombie(self, thread: _Recorded) -> None:
         while True:
@@ -511,6 +628,8 @@ class Recorder:
 
     def _at_boundary(self, thread: _Recorded) -> bool:
         regs = ptrace.get_regs(thread.tid)
+        if thread.boundary is not None and len(thread.boundary) > 2:  # behind sigreturn: nothing has run when all is the same
+            return (*regs[:15], *regs[16:20]) == (*thread.boundary[:15], *thread.boundary[16:20])
         return thread.boundary == (regs[ptrace.RIP], regs[ptrace.RSP]) and regs[ptrace.RCX] == regs[ptrace.RIP]
 
     def _deliver(self, thread: _Recorded, number: int, info: bytes, how: int) -> bool:
@@ -551,10 +670,12 @@ class Recorder:
         """Our own INTERRUPT: does the thread spin? Then its registers repeat, and a replay can stop at the same point."""
         thread.interrupts += 1
         if thread.held or self.ready:
-            regs = self._spinning(thread)
-            if regs is None and thread.status is None and thread.interrupts > (4 if thread.held else _GIVE_UP_INTERRUPTS):
+            regs, counts = self._spinning(thread)
+            patience = _COUNTING_INTERRUPTS if thread.held or counts else _GIVE_UP_INTERRUPTS
+            if regs is None and thread.status is None and thread.interrupts > patience:
                 regs = ptrace.get_regs(thread.tid)
-                self.notes.add("a thread was interrupted within a computation: a replay may not find that point again")
+                what = f"signal {thread.held[0][0]} was delivered" if thread.held else "a thread was interrupted"
+                self.limits.add(f"{what} within a computation: a replay has to find the point by its registers")
             if regs is not None:
                 return self._switch_here(thread, regs)
         if thread.status is not None:
@@ -562,8 +683,10 @@ class Recorder:
         self._resume(thread)
         return True
 
-    def _spinning(self, thread: _Recorded) -> list[int] | None:
+    def _spinning(self, thread: _Recorded) -> tuple[list[int] | None, bool]:
+        """Single steps: registers that repeat, and whether the thread is in a loop that only counts."""
         start = ptrace.get_regs(thread.tid)
+        passes = [start]
         for _ in range(_SPIN_STEPS):
             ptrace.request(ptrace.SINGLESTEP, thread.tid)
             got = None
@@ -573,11 +696,15 @@ class Recorder:
                 raise ptrace.Gone(thread.tid)
             if got[1] >> 8 != signal.SIGTRAP:
                 thread.status = got[1]
-                return None
+                return None, False
             regs = ptrace.get_regs(thread.tid)
             if regs[:17] == start[:17] and regs[ptrace.RSP] == start[ptrace.RSP]:
-                return regs
-        return None
+                return regs, False
+            if regs[ptrace.RIP] == start[ptrace.RIP]:
+                passes.append(regs)
+                if len(passes) == 3:
+                    return None, passes_left(passes, start) != NO_COUNTER
+        return None, False
 
     def _switch_here(self, thread: _Recorded, regs: Sequence[int]) -> bool:
         packed = struct.pack("<27Q", *regs)
@@ -604,6 +731,24 @@ def _caught(tid: int, number: int) -> bool:
         if line.startswith("SigCgt:"):
             return bool(int(line.split()[1], 16) >> (number - 1) & 1)
     return False
+
+
+def _writers_of(info: os.stat_result) -> set[int]:
+    """Processes that have the file mapped, shared and writable."""
+    device, inode = f"{os.major(info.st_dev):02x}:{os.minor(info.st_dev):02x}", str(info.st_ino)
+    found = set()
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            lines = (folder / "maps").read_text().splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            fields = line.split(maxsplit=5)
+            if fields[4] == inode and fields[3] == device and "w" in fields[1] and fields[1].endswith("s"):
+                found.add(int(folder.name))
+    return found
 
 
 def _prctl_output(thread: _Recorded, result: int) -> list[bytes]:
@@ -728,12 +873,16 @@ def record(command: Sequence[str], folder: Path) -> int:
     os.sched_setaffinity(0, {cpu})
     _hand_terminal(pid)
     recorder = Recorder(folder, cpu, affinity)
-    traps = machine.SharedTraps()
-    signal.signal(signal.SIGALRM, lambda *_: traps.renew())
+    signal.signal(signal.SIGALRM, recorder.on_alarm)
     signal.setitimer(signal.ITIMER_REAL, _TICK_S, _TICK_S)
     try:
-        with traps:
+        with recorder.traps:
             recorder.run(pid, path)
+    except Unrecordable as reason:
+        recorder.abandon()
+        recorder.refused.insert(0, str(reason))
+        log.save_meta(folder, meta | _outcome(recorder, 128 + signal.SIGKILL))
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.sched_setaffinity(0, affinity)
@@ -793,12 +942,11 @@ def _cpu_model() -> str:
 
 
 def _outcome(recorder: Recorder, code: int) -> dict[str, Any]:
+    exact = ["F5 (instruction-exact) needs a processor counter; use rr where one exists"]
+    reasons = [f"F4 (exact) is not reached: {limit}" for limit in sorted(recorder.limits)]
+    reasons += [f"F1 and above need every call modelled: {reason}" for reason in recorder.refused]
     return {
         "exit_status": code, "calls": recorder.calls, "threads": recorder.next_index,
-        "fidelity": "F4" if not recorder.refused else "F0",
-        "refused": recorder.refused, "notes": sorted(recorder.notes),
-        "why_not_higher": ["F5 (instruction-exact) needs a processor counter; use rr where one exists"]
-        + ([f"F1 and above need every call modelled: {reason}" for reason in recorder.refused]),
+        "fidelity": "F0" if recorder.refused else "F3" if recorder.limits else "F4",
+        "refused": recorder.refused, "notes": sorted(recorder.notes | recorder.limits), "why_not_higher": exact + reasons,
     }  # fmt: skip
-
-

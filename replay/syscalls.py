@@ -4,9 +4,9 @@ What: one line of a table per call. `model(nr)` gives its `Model`; a call withou
 modelled, and a recording that contains one says so by name and is refused by replay.
 
 Classes: `emulate` served from the log; `block` the same, and recording may switch threads there; `real` run again in the
-replay, result checked; `special` handled by name in recorder and player (processes, mappings); `allow` never
-stopped, neither at recording nor at replay: its effect depends on the process's own memory and calls only; `absent`
-answered ENOSYS in both (the caller falls back); `refuse`.
+replay, result checked; `special` and `exec` handled by name in recorder and player (processes, mappings, programs);
+`allow` never stopped, neither at recording nor at replay: its effect depends on the process's own memory and calls only;
+`absent` answered ENOSYS in both (the caller falls back); `refuse`.
 
 Regions: `N:LEN` is LEN bytes behind argument N; LEN is a number, `ret` (the result), `ret*K`, `aM` (value of argument M),
 `aM*K`, `*M` (u32 behind argument M), or `str`. Named shapes (`iov`, `msg`, ...) have a function of their own below.
@@ -19,7 +19,9 @@ from typing import Final, Protocol
 
 from events.syscalls import NAMES, NUMBERS
 
-__all__ = ["MODELS", "Memory", "Model", "decode_call", "input_of", "model", "name_of", "output_regions"]
+__all__ = [
+    "MODELS", "Memory", "Model", "decode_call", "input_of", "model", "name_of", "output_regions", "passed_fds", "unknown",
+]  # fmt: skip
 
 RESTART_SYSCALL: Final = NUMBERS["restart_syscall"]
 MAX_INPUT_BYTES: Final = 1 << 26
@@ -60,8 +62,8 @@ mprotect allow
 munmap allow
 brk real l
 rt_sigaction allow
-rt_sigprocmask allow
-rt_sigreturn allow
+rt_sigprocmask real ippl < 1:8
+rt_sigreturn real -
 restart_syscall block -
 ioctl block fip < ioctl > ioctl
 pread64 block fpll > 1:ret
@@ -106,7 +108,7 @@ getsockopt emulate fiipp > sockopt
 clone special lpppl
 fork special -
 vfork special -
-execve special spp < 0:str
+execve exec spp < 0:str
 exit special i
 wait4 block ipip > 1:4 3:144
 kill emulate ii
@@ -340,7 +342,7 @@ seccomp special iip
 getrandom block pli > 0:ret
 memfd_create emulate si < 0:str
 bpf absent
-execveat refuse
+execveat exec fsppi < 1:str
 userfaultfd absent
 membarrier allow
 mlock2 allow
@@ -367,7 +369,7 @@ pidfd_open emulate ii
 clone3 special pl
 close_range emulate iii
 openat2 emulate fspl < 1:str 2:a3
-pidfd_getfd refuse
+pidfd_getfd emulate fii
 faccessat2 emulate fsii < 1:str
 process_madvise emulate fplli
 epoll_pwait2 block fpippl > 1:ret*12
@@ -415,6 +417,11 @@ MODELS: Final[dict[int, Model]] = {m.nr: m for m in map(_parse, _TABLE.strip().s
 def model(nr: int) -> Model | None:
     """The model of a call, or None for one that this kprobe does not know."""
     return MODELS.get(nr)
+
+
+def unknown(nr: int) -> Model:
+    """A call that no model describes: served only where it failed, so that it has no outputs."""
+    return Model(nr, name_of(nr), "refuse", "llllll", (), ())
 
 
 def name_of(nr: int) -> str:
@@ -649,6 +656,24 @@ def _msg_in(memory: Memory, address: int) -> bytes:
     out = memory.read(name, min(name_len, 128)) if name else b""
     out += _gather(memory, _iovecs(memory, iov, count))
     return out + (memory.read(control, min(control_len, 65536)) if control else b"")
+
+
+def passed_fds(memory: Memory, address: int) -> list[int]:
+    """The descriptors in the control data of a received message."""
+    raw = memory.read(address, 56)
+    if len(raw) < 56:
+        return []
+    control, length = struct.unpack_from("<QQ", raw, 32)
+    data = memory.read(control, min(length, 65536))
+    at, fds = 0, []
+    while at + 16 <= len(data):
+        size, level, kind = struct.unpack_from("<Qii", data, at)
+        if size < 16:
+            break
+        if (level, kind) == (1, 1):
+            fds += [fd for (fd,) in struct.iter_unpack("<i", data[at + 16 : at + 16 + (size - 16) // 4 * 4])]
+        at += (size + 7) // 8 * 8
+    return fds
 
 
 def decode_call(nr: int, args: Sequence[int], payload: bytes = b"") -> str:
