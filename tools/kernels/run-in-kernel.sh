@@ -16,7 +16,7 @@
 # Environment:   SRC (default: git top level or $PWD)   OUT (default: a new folder under $CACHE)
 #                CPUS=2  MEMORY=2048 (MiB)  TIMEOUT=900 (s)  APPEND="kernel parameters"
 #                CACHE (default ~/.cache/kprobe-kernels)   PIP="..." (wheels for the guest tree: what the probe and its tests import)
-#                QEMU=qemu-system-x86_64  CPU=Nehalem  QEMU_ACCEL=tcg,thread=multi
+#                QEMU=qemu-system-x86_64  CPU=Nehalem  QEMU_ACCEL=tcg,thread=single
 #                (QEMU_ACCEL=kvm CPU=host where KVM runs unmodified guests: not on the VMs this was written on)
 #
 # Needs root and: apt-get install --no-install-recommends qemu-system-x86 seabios mmdebstrap zstd xz-utils kmod \
@@ -27,7 +27,8 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 CACHE=${CACHE:-$HOME/.cache/kprobe-kernels}
 CPUS=${CPUS:-2} MEMORY=${MEMORY:-2048} TIMEOUT=${TIMEOUT:-900} APPEND=${APPEND:-}
-QEMU_ACCEL=${QEMU_ACCEL:-tcg,thread=multi}
+# One thread for all vCPUs: with one each, guests hung or died at an int3 while they patched their own code.
+QEMU_ACCEL=${QEMU_ACCEL:-tcg,thread=single}
 PIP=${PIP-numpy pyarrow orjson pydantic pydantic-settings pyyaml typer rich zstandard prometheus-client psutil confluent-kafka pytest pytest-timeout}
 export LC_ALL=C DEBIAN_FRONTEND=noninteractive
 
