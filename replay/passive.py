@@ -25,6 +25,7 @@ import numpy as np
 
 from events.errors import InputError
 from events.frames import Frame
+from events.identity import read_boot_id
 from events.kinds import BY_NAME
 from events.records import PAYLOAD_CALL, PAYLOAD_ENTRY, PAYLOAD_IMAGE, PAYLOAD_TRUNCATED, PAYLOAD_UNREADABLE
 from events.syscalls import NUMBERS
@@ -195,6 +196,7 @@ class _Capture:
     lost: int
     clocks: dict[str, int]  # real and boot time less monotonic time
     began_real_ns: int
+    boot_id: str
 
 
 def read_capture(frames: Iterable[Frame]) -> _Capture:
@@ -203,13 +205,13 @@ def read_capture(frames: Iterable[Frame]) -> _Capture:
     rows: list[dict[str, Any]] = []
     exits: dict[int, tuple[int, int]] = {}
     signals: list[tuple[int, int, int, int, int, int]] = []
-    lost, began, clocks = 0, 0, dict[str, int]()
+    lost, began, boot_id, clocks = 0, 0, "", dict[str, int]()
     for frame in frames:
         if frame.kind == "session/1" and "start" in frame.body and not start:
             start = dict(frame.body["start"])
             clocks["real_less_mono_ns"] = frame.clocks.real_ns - frame.clocks.mono_ns
             clocks["boot_less_mono_ns"] = frame.clocks.boot_ns - frame.clocks.mono_ns
-            began = frame.clocks.real_ns
+            began, boot_id = frame.clocks.real_ns, frame.boot_id
         elif frame.kind == "payload/1":
             rows += frame.batch.to_pylist()
         elif frame.kind == "losses/1":
@@ -226,7 +228,7 @@ def read_capture(frames: Iterable[Frame]) -> _Capture:
         if row["nr"] in _CLONES and row["ret"] in first and row["ret"] > 0:
             row["time_mono_ns"] = min(row["time_mono_ns"], first[row["ret"]] - 1)
     rows.sort(key=lambda r: (r["time_mono_ns"], r["cpu"], r["seq"]))
-    return _Capture(start, rows, exits, sorted(signals), lost, clocks, began)
+    return _Capture(start, rows, exits, sorted(signals), lost, clocks, began, boot_id)
 
 
 def _collect_events(
@@ -371,7 +373,13 @@ class _Importer:
         return [list(item) for item in found.items()]
 
     def _unchanged(self, path: str, what: str) -> int:
-        """A descriptor of a file whose inode was not touched since the recording began; else -1, and a refusal."""
+        """A descriptor of a file whose inode was not touched since the recording began; else -1, and a refusal.
+
+        On another machine a file of that name may be another file with an old inode: there nothing is taken.
+        """
+        if self.capture.boot_id != read_boot_id():
+            self._refuse(f"{what} {path}: its bytes were not captured, and this is not the boot that it was recorded in")
+            return -1
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:

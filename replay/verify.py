@@ -77,6 +77,9 @@ def verify(recording: Path, program: Path, *, replays: int, failure: str) -> dic
     if not (program.is_file() and os.access(program, os.X_OK)):
         raise InputError(f"--program {program} is not an executable file; name a binary or a script with a #! line, mode +x")
     result = Result()
+    if meta.get("recorder") == "passive":
+        reason = "the recording is passive: its control run cannot be compared call by call"
+        return document(result, meta, "cannot_tell", [reason])
     for number in range(1, replays + 1):
         result = Player(recording).run()
         reason = _control_reason(result, predicate, number, failure)

@@ -16,6 +16,7 @@ import time
 import pytest
 
 from events.syscalls import NUMBERS
+from probe.capture import CaptureReader
 from replay import log, passive
 from replay.log import Kind
 
@@ -238,6 +239,27 @@ def test_a_mapped_file_that_is_changed_after_the_recording_keeps_its_recorded_by
 
     assert (native.stdout, shown.stdout) == (b"b'0123456789'\n",) * 2
     assert document["identical"]
+
+
+def test_on_another_machine_no_file_is_taken_for_what_was_not_captured(kprobe, tmp_path, monkeypatch):
+    kprobe.record(PYTHON, "-c", "print(1)")
+    with CaptureReader(tmp_path / "rec" / "capture.kcap") as reader:
+        frames = list(reader.frames())
+    monkeypatch.setattr(passive, "read_boot_id", lambda: "0" * 32)
+
+    document = passive.import_frames(frames, tmp_path / "elsewhere")
+
+    assert document["fidelity"] == "F0"
+    assert "this is not the boot that it was recorded in" in json.dumps(document)
+
+
+def test_a_passive_recording_cannot_tell_of_a_fix(kprobe, tmp_path):
+    kprobe.record(PYTHON, "-c", "raise SystemExit(3)")
+
+    answer = json.loads(kprobe("replay", "verify", "--json", "--program", "/bin/true", tmp_path / "rec").stdout)
+
+    assert (answer["verdict"], answer["identical"]) == ("cannot_tell", False)
+    assert "passive" in answer["reasons"][0]
 
 
 def test_lost_payload_records_refuse_the_recording(kprobe, tmp_path, monkeypatch):
