@@ -78,8 +78,8 @@ def verify(recording: Path, program: Path, *, replays: int, failure: str) -> dic
         raise InputError(f"--program {program} is not an executable file; name a binary or a script with a #! line, mode +x")
     result = Result()
     if meta.get("recorder") == "passive":
-        reason = "the recording is passive: its control run cannot be compared call by call"
-        return document(result, meta, "cannot_tell", [reason])
+        passive = "the recording is passive: its control run cannot be compared call by call"
+        return document(result, meta, "cannot_tell", [passive])
     for number in range(1, replays + 1):
         result = Player(recording).run()
         reason = _control_reason(result, predicate, number, failure)
